@@ -1,0 +1,86 @@
+"""What went wrong, and which of many things went wrong first.
+
+When one rank dies, all others report something: a closed connection, a collective told to give up. Those are echoes.
+The cause is the death, or the exception that made the first rank leave. A failure crosses processes as text (rank,
+host, traceback), never as the exception itself: user exceptions need not survive pickling.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from raytron.parallel.collectives import GaveUp
+
+__all__ = ["DIED", "Failure", "WorkerError", "cause", "is_echo"]
+
+DIED = "process died"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One rank's report.
+
+    Attributes:
+        rank, host, pid: who.
+        method: what it was doing.
+        kind: the exception's type name, or `DIED`.
+        message: the exception's text.
+        trace: the formatted traceback on that rank, "" when the process died.
+        echo: it failed because another rank did.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    method: str
+    kind: str
+    message: str
+    trace: str = ""
+    echo: bool = False
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int, host: str, pid: int, method: str) -> Failure:
+        trace = "".join(traceback.format_exception(error))
+        return cls(rank, host, pid, method, type(error).__name__, str(error), trace, is_echo(error))
+
+
+class WorkerError(RuntimeError):
+    """A rank failed: `failure` is the cause, `others` what the remaining ranks reported by then."""
+
+    def __init__(self, failure: Failure, others: tuple[Failure, ...] = ()) -> None:
+        super().__init__(failure, others)
+        self.failure, self.others = failure, others
+
+    def __str__(self) -> str:
+        f = self.failure
+        text = f"rank {f.rank} on {f.host} (pid {f.pid}) failed in {f.method}: {f.kind}: {f.message}"
+        if f.trace:
+            text += f"\n\ntraceback of rank {f.rank}:\n{f.trace.rstrip()}"
+        if self.others:
+            text += "\n\nthen: " + "; ".join(f"rank {o.rank}: {o.kind}" for o in self.others)
+        return text
+
+
+def cause(failures: Iterable[Failure]) -> Failure:
+    """The failure to blame: the first that is not an echo, a death before an exception seen at the same time."""
+    ranked = sorted(failures, key=lambda f: (f.echo, f.kind != DIED))
+    return ranked[0]
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether `error` only says that a peer is gone or that the world was told to give up."""
+    return any(
+        isinstance(e, GaveUp | dist.DistError) or (isinstance(e, RuntimeError) and "gloo/" in str(e))
+        for e in _chain(error)
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    at: BaseException | None = error
+    while at is not None:
+        yield at
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)

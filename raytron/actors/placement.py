@@ -1,0 +1,209 @@
+"""Where ranks sit: what to ask Ray for, and who gets which bundle.
+
+A unit (one dense replica, pp x cp x tp ranks) is one placement group, because groups cannot be resized and the unit is
+what a run gains and loses. Within it, the ranks of a tensor-parallel group share one bundle of tp times the resources:
+a bundle never straddles nodes, so the TP group cannot either. One bundle per rank with STRICT_PACK says the same only
+for units that fit a node; Ray has no strategy for "these four here, those four anywhere". A TP group is split into
+bundles of one rank only where no node could ever hold it.
+
+`choose` and `assign` are pure; `place` carries them out and turns a request that stays pending into an error.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raytron.parallel.mesh import Mesh
+
+__all__ = ["CapacityError", "Node", "Placement", "Request", "Seat", "assign", "choose", "place", "room", "shortage"]
+
+log = logging.getLogger(__name__)
+
+Resources = Mapping[str, float]
+
+
+class CapacityError(ValueError):
+    """The cluster cannot hold what was asked of it."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node: its address, and its resources by Ray's names, in all and free now."""
+
+    id: str
+    address: str
+    total: Resources
+    available: Resources
+
+
+@dataclass(frozen=True)
+class Request:
+    """One unit's placement group: a bundle for each `ranks_per_bundle` consecutive ranks."""
+
+    bundles: tuple[Resources, ...]
+    strategy: str
+    ranks_per_bundle: int
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank sits: bundle `bundle` of placement group `group`, on node `node`."""
+
+    rank: int
+    group: int
+    bundle: int
+    node: str
+
+
+def room(free: Resources, each: Resources) -> int:
+    """How many ranks that need `each` fit in `free`."""
+    return min((int(free.get(name, 0) / need + 1e-9) for name, need in each.items() if need > 0), default=2**31)
+
+
+def choose(mesh: Mesh, each: Resources, nodes: Sequence[Node], strategy: str = "PACK") -> tuple[Request, ...]:
+    """What to ask for: one request per unit, those that must fit one node first.
+
+    Args:
+        each: resources of one rank.
+        strategy: with PACK, units that fit a node are bound to one (STRICT_PACK) and the others packed by TP groups;
+            any other of Ray's strategies is used as it is for every unit.
+
+    The choice follows what is free now, else what the nodes could hold when idle. A request that fits neither is still
+    asked for, since an autoscaler may answer it.
+    """
+    if strategy != "PACK":
+        return (_request(mesh, each, strategy, mesh.tp),) * mesh.dp
+    for free in ([n.available for n in nodes], [n.total for n in nodes]):
+        rooms = [room(f, each) for f in free]
+        if sum(r // mesh.tp for r in rooms) * mesh.tp >= mesh.size:
+            whole = min(mesh.dp, sum(r // mesh.unit for r in rooms))
+            return (_request(mesh, each, "STRICT_PACK", mesh.tp),) * whole + (
+                _request(mesh, each, "PACK", mesh.tp),
+            ) * (mesh.dp - whole)
+    rooms = [room(n.total, each) for n in nodes]
+    if max(rooms, default=0) < mesh.tp and sum(rooms) >= mesh.size:  # no node holds a TP group, all together hold all
+        return (_request(mesh, each, "PACK", 1),) * mesh.dp
+    return (_request(mesh, each, "PACK", mesh.tp),) * mesh.dp
+
+
+def _request(mesh: Mesh, each: Resources, strategy: str, ranks: int) -> Request:
+    bundle = {name: need * ranks for name, need in each.items() if need > 0}
+    return Request((bundle,) * (mesh.unit // ranks), strategy, ranks)
+
+
+def assign(
+    requests: Sequence[Request], nodes_of: Sequence[Mapping[int, str]], nodes: Sequence[Node]
+) -> tuple[Seat, ...]:
+    """Ranks to bundles, in rank order.
+
+    Args:
+        nodes_of: for each request, the node id of each of its bundles.
+
+    Bundles are sorted by node address before ranking, and units by their first node, so that neighbours on an axis are
+    neighbours on the network whatever order Ray filled the bundles in.
+    """
+    place_of = {node.id: at for at, node in enumerate(sorted(nodes, key=_address))}
+    orders = [sorted(where, key=lambda b, where=where: (place_of[where[b]], b)) for where in nodes_of]
+    units = sorted(range(len(requests)), key=lambda u: ([place_of[nodes_of[u][b]] for b in orders[u]], u))
+    seats = [
+        (unit, bundle, nodes_of[unit][bundle])
+        for unit in units
+        for bundle in orders[unit]
+        for _ in range(requests[unit].ranks_per_bundle)
+    ]
+    return tuple(Seat(rank, *seat) for rank, seat in enumerate(seats))
+
+
+def _address(node: Node) -> tuple[int, int | str, str]:
+    try:
+        return (0, int(ipaddress.ip_address(node.address)), node.id)
+    except ValueError:  # a host name
+        return (1, node.address, node.id)
+
+
+def shortage(mesh: Mesh, each: Resources, nodes: Sequence[Node], waited_s: float) -> str:
+    """What was asked, what is there, and what to do about it."""
+    free, idle = (sum(room(r, each) for r in pool) for pool in ([n.available for n in nodes], [n.total for n in nodes]))
+    lines = [
+        f"the cluster cannot hold {mesh.size} ranks of {_amounts(each)} each "
+        f"(dp {mesh.dp} x pp {mesh.pp} x cp {mesh.cp} x tp {mesh.tp}; a TP group of {mesh.tp} shares a node): "
+        f"it has room for {free} now, for {idle} when idle, after waiting {waited_s:.0f} s"
+    ]
+    for node in sorted(nodes, key=_address):
+        have = ", ".join(f"{k} {node.available.get(k, 0):g} free of {node.total.get(k, 0):g}" for k in each)
+        lines.append(f"  node {node.address} ({node.id[:8]}): {have}; room for {room(node.available, each)} ranks")
+    lines.append(
+        "ask for fewer ranks (scaling.num_workers) or less per rank (scaling.resources_per_worker), or add nodes"
+    )
+    return "\n".join(lines)
+
+
+def _amounts(resources: Resources) -> str:
+    return ", ".join(f"{name} {need:g}" for name, need in resources.items())
+
+
+def cluster() -> tuple[Node, ...]:
+    """The living nodes of the cluster this process is connected to."""
+    # Free resources per node: the state API needs a dashboard, which a local run does not start.
+    available = ray._private.state.available_resources_per_node()
+    return tuple(
+        Node(n["NodeID"], n["NodeManagerAddress"], n["Resources"], available.get(n["NodeID"], {}))
+        for n in ray.nodes()
+        if n["Alive"]
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Seats taken on the cluster; `remove` gives them back."""
+
+    each: Resources
+    groups: tuple[PlacementGroup, ...]
+    seats: tuple[Seat, ...]
+
+    def options(self, rank: int) -> dict:
+        """Ray's actor options that put an actor on the seat of `rank`."""
+        seat = self.seats[rank]
+        custom = {k: v for k, v in self.each.items() if k not in ("CPU", "GPU", "memory")}
+        return {
+            "num_cpus": self.each.get("CPU", 0),
+            "num_gpus": self.each.get("GPU", 0),
+            "memory": self.each.get("memory"),
+            "resources": custom or None,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self.groups[seat.group], placement_group_bundle_index=seat.bundle
+            ),
+        }
+
+    def remove(self) -> None:
+        for group in self.groups:
+            remove_placement_group(group)
+
+
+def place(mesh: Mesh, each: Resources, *, strategy: str = "PACK", wait_s: float = 30.0) -> Placement:
+    """Take seats for every rank of `mesh`, `each` resources a rank.
+
+    Raises:
+        CapacityError: not all were granted within `wait_s` seconds; nothing stays reserved.
+    """
+    start = time.monotonic()
+    requests = choose(mesh, each, cluster(), strategy)
+    if requests[0].ranks_per_bundle < mesh.tp:
+        log.warning("no node can hold a TP group of %d ranks; tensor parallelism will cross nodes", mesh.tp)
+    groups = tuple(placement_group(list(map(dict, r.bundles)), strategy=r.strategy) for r in requests)
+    for group in groups:
+        if not group.wait(max(0.0, start + wait_s - time.monotonic())):
+            nodes = cluster()
+            for pending in groups:
+                remove_placement_group(pending)
+            raise CapacityError(shortage(mesh, each, nodes, time.monotonic() - start))
+    nodes_of = [placement_group_table(group)["bundles_to_node_id"] for group in groups]
+    return Placement(each, groups, assign(requests, nodes_of, cluster()))

@@ -1,0 +1,178 @@
+"""One load: the newest checkpoint that is whole, on every rank the same.
+
+Each rank plans its own copies from the files to its buffers and reads them; every file is hashed by at least one rank,
+in the same pass where that rank needs all of it. A checkpoint with a missing, truncated or altered file is reported and
+the one before it is tried. What does not fit the model is something else: falling back would hide it, so it is raised,
+once it is sure that no damaged file is the cause.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raytron.checkpoint.agreement import gather, share
+from raytron.checkpoint.digest import Entry
+from raytron.checkpoint.manifest import Manifest, complete
+from raytron.checkpoint.reading import Copy, by_path, copies, read, weight_files
+from raytron.checkpoint.state import BUFFER, LAYOUT, State
+from raytron.checkpoint.storage import DamagedFile, Storage
+from raytron.parallel.collectives import Axis
+from raytron.parallel.layout import only, plan
+
+__all__ = ["Loaded", "load_checkpoint"]
+
+_log = logging.getLogger(__name__)
+_INDEX = "model/model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The checkpoint whose bytes the engine has now, its record, and the damaged ones that were passed over."""
+
+    name: str
+    record: dict[str, int | float]
+    bad: tuple[str, ...]
+
+
+def load_checkpoint(storage: Storage, axis: Axis, engine: Any) -> Loaded | None:
+    """Fill the engine's weights and optimizer buffers; None when there is no checkpoint. Collective over `axis`.
+
+    Raises, on every rank:
+        DamagedFile: there are checkpoints, and all are damaged.
+        ValueError: a checkpoint is of another model or optimizer, or of a newer format.
+        OSError: the storage can't be listed.
+    """
+    names, error = share(axis, _listed(storage) if axis.index == 0 else None)
+    if error is not None:
+        raise OSError(error)
+    bad: dict[str, str] = {}
+    for name in names:
+        manifest, problem = _manifest(storage, axis, name)
+        problem = problem or _try(storage / name, axis, engine, manifest)
+        if problem is None:
+            return Loaded(name, dict(manifest.record), tuple(bad))
+        bad[name] = problem
+        if axis.index == 0:
+            _log.warning("checkpoint %s is damaged (%s); falling back to the one before it", name, problem)
+    if bad:
+        raise DamagedFile(
+            f"{storage}: every checkpoint is damaged, the newest by {next(iter(bad.values()))}; restore its files, or "
+            "delete the checkpoints to start anew"
+        )
+    return None
+
+
+def _listed(storage: Storage) -> tuple[list[str], str | None]:
+    try:
+        return complete(storage), None
+    except OSError as error:
+        return [], f"{storage}: {error.strerror or error}"
+
+
+def _manifest(storage: Storage, axis: Axis, name: str) -> tuple[Manifest | None, str | None]:
+    """The manifest and, if files are missing or have other sizes, what is wrong: as rank 0 sees it."""
+    manifest, damage, refusal = None, None, None
+    if axis.index == 0:
+        try:
+            manifest = Manifest.read(storage, name)
+            damage = _sizes(storage / name, manifest)
+        except (DamagedFile, OSError) as error:
+            damage = str(error)
+        except ValueError as error:
+            refusal = str(error)
+    record, files, damage, refusal = share(
+        axis, [manifest and manifest.record, manifest and manifest.files, damage, refusal]
+    )
+    if refusal is not None:
+        raise ValueError(refusal)
+    if record is None:
+        return None, damage
+    return Manifest(record, {path: Entry(*entry) for path, entry in files.items()}), damage
+
+
+def _sizes(checkpoint: Storage, manifest: Manifest) -> str | None:
+    found = checkpoint.files()
+    for path, entry in manifest.files.items():
+        if found.get(path) != entry.nbytes:
+            what = f"truncated to {found[path]}" if path in found else "missing,"
+            return f"{checkpoint}/{path}: {what} of {entry.nbytes} bytes"
+    return None
+
+
+def _try(checkpoint: Storage, axis: Axis, engine: Any, manifest: Manifest) -> str | None:
+    """Read one checkpoint; what is damaged in it, on every rank the same."""
+    wanted: Mapping[str, Sequence[Copy]] = {}
+    damage, misfit = None, None
+    try:
+        wanted = _wanted(checkpoint, engine, manifest)
+    except (DamagedFile, OSError) as error:
+        damage = str(error)
+    except ValueError as error:
+        misfit = str(error)
+    everyone = gather(axis, [damage, misfit, _whole(wanted, manifest)])
+    if (damage := _first(row[0] for row in everyone)) is not None:
+        return damage
+    misfit = _first(row[1] for row in everyone)
+    duties = _duties(manifest.files, [row[2] for row in everyone])[axis.index]
+    try:
+        read(checkpoint, {} if misfit else wanted, {path: manifest.files[path] for path in duties})
+    except (DamagedFile, OSError) as error:
+        damage = str(error)
+    damage = _first(gather(axis, damage))
+    if damage is None and misfit is not None:
+        raise ValueError(misfit)
+    return damage
+
+
+def _first(values) -> str | None:
+    return next((value for value in values if value is not None), None)
+
+
+def _whole(wanted: Mapping[str, Sequence[Copy]], manifest: Manifest) -> list[str]:
+    """Files of which this rank reads nearly every byte anyway."""
+    nbytes = {path: sum(copy.nbytes for copy in found) for path, found in wanted.items()}
+    return [path for path, n in nbytes.items() if n >= 0.9 * manifest.files[path].nbytes]
+
+
+def _duties(files: Mapping[str, Entry], whole: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The files each rank verifies: those it reads whole, the rest spread by bytes."""
+    duties = [list(paths) for paths in whole]
+    load = [sum(files[path].nbytes for path in paths) for paths in whole]
+    taken = {path for paths in whole for path in paths}
+    for path in sorted(files.keys() - taken, key=lambda path: (-files[path].nbytes, path)):
+        rank = load.index(min(load))
+        duties[rank].append(path)
+        load[rank] += files[path].nbytes
+    return duties
+
+
+def _wanted(checkpoint: Storage, engine: Any, manifest: Manifest) -> dict[str, list[Copy]]:
+    """The copies, by file of the checkpoint, that fill this rank's buffers."""
+    read(checkpoint, {}, {path: manifest.files[path] for path in (f"state/{LAYOUT}", _INDEX) if path in manifest.files})
+    step, place = manifest.record["step"], f"rank-{engine.model.world.rank}"
+    state = State(checkpoint / "state", step) if f"state/{LAYOUT}" in manifest.files else None
+    stored = state.buffers if state is not None else ()
+    target = only(engine.model.layout(version=step), places=[place])
+    shard = engine.optimizer_layout(version=step)
+    live = engine.optimizer
+    from_state = {name: tensor for name, tensor in live.items() if name in stored or name != "master"}
+    found: list[tuple[str, Copy]] = []
+    if from_state:
+        if state is None:
+            raise ValueError(f"{checkpoint} has no optimizer state; load its weights with from_pretrained instead")
+        found += [(f"state/{path}", copy) for path, copy in state.copies(shard, place, from_state)]
+    buffers = {(place, "weights"): engine.model.weights}
+    if "master" in stored and "master" not in live:  # weights that are their own masters take the wider values
+        regions = state.regions("master")
+        found += [(f"state/{p}", copy) for p, copy in copies(plan(state.layout, target), regions, buffers)]
+        return by_path(found)
+    files = weight_files(checkpoint / "model", step)
+    found += [(f"model/{path}", copy) for path, copy in copies(plan(files.layout, target), files.regions, buffers)]
+    if "master" in live and "master" not in from_state:
+        moves = plan(files.layout, only(shard, places=[place]))
+        masters = {(place, BUFFER): live["master"]}
+        found += [(f"model/{path}", copy) for path, copy in copies(moves, files.regions, masters)]
+    return by_path(found)

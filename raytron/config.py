@@ -1,0 +1,404 @@
+"""What a run is told: frozen dataclasses, one per component, each checked where it is declared.
+
+A recipe builds one of these in Python; `cli` turns it into a command line whose defaults are the recipe's values, and
+`from_dict` reads it back from a run's `config.json`. Unknown keys fail. This module imports neither torch nor ray, so
+`--help` is instant; drivers convert to Ray Train's own types, whose names and meaning the run fields carry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvalConfig",
+    "FailureConfig",
+    "GuardConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PretrainConfig",
+    "RecomputeConfig",
+    "RunConfig",
+    "ScalingConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "cli",
+    "from_dict",
+    "to_dict",
+]
+
+T = TypeVar("T")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model: a preset (`raytron models` lists them) or a Hugging Face directory, and what to change in it."""
+
+    preset: str = "llama3.2-1b"
+    """Name of an architecture."""
+    path: str | None = None
+    """Hugging Face directory to start from, weights included; overrules `preset`."""
+    overrides: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Fields of the architecture to change, by their Hugging Face names: `num_hidden_layers 4 hidden_size 256`."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from and how they are cut into samples."""
+
+    path: str | None = None
+    """Text, JSONL, Parquet, a folder of them, or the prefix of a .bin/.idx pair."""
+    blend: tuple[tuple[float, str], ...] = ()
+    """(weight, path) pairs, instead of `path`."""
+    mock: bool = False
+    """Megatron's mock data (counting documents) where neither `path` nor `blend` is given."""
+    tokenizer: str = "byte"
+    """byte | null:VOCAB | bpe:VOCAB (trained on the data) | a Hugging Face directory or tokenizer.json."""
+    sequence_length: int = 1024
+    split: str = "99,1,0"
+    """Weights of the train, validation and test parts."""
+    seed: int = 1234
+    json_key: str = "text"
+    """Key of a JSONL line, or column of a Parquet file, that holds the text."""
+    document_mask: bool = False
+    """Attention does not cross documents."""
+    eod_mask_loss: bool = False
+    """No loss where the input is the end of a document."""
+    reset_position_ids: bool = False
+    """Positions start anew with every document."""
+    cache_path: str | None = None
+    """Where tokenised data and indices are kept; by default beside the run."""
+    workers: int | None = None
+    """Tokenising processes; by default one per core."""
+
+    def __post_init__(self) -> None:
+        _require(self.sequence_length >= 1, f"data.sequence_length is {self.sequence_length}; it must be at least 1")
+        _require(not (self.path and self.blend), "data.path and data.blend exclude each other; set one of them")
+        _require(
+            all(w > 0 and math.isfinite(w) for w, _ in self.blend), "data.blend: every weight must be a positive number"
+        )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one step is spread over ranks. dp is what is left: num_workers / (tp x pp)."""
+
+    tp: int = 1
+    """Tensor parallel size; keep it inside a node."""
+    pp: int = 1
+    """Pipeline stages."""
+    virtual_stages: int = 1
+    """Model chunks per pipeline rank (interleaving)."""
+    schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble"] = "1f1b"
+    sequence_parallel: bool = True
+    """Split norms and residuals over tp by tokens (used when tp > 1)."""
+    zero: bool = True
+    """ZeRO-1: split masters and moments over dp."""
+    bucket_mb: float = 40.0
+    """Gradients are reduced over dp in buckets of about this many MiB, overlapping the backward."""
+    layers_per_stage: tuple[int, ...] | None = None
+    """Decoder layers of each of the pp x virtual_stages chunks, in model order; by default as even as it goes."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "virtual_stages"):
+            _require(getattr(self, name) >= 1, f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.schedule == "interleaved-1f1b":
+            _require(self.virtual_stages > 1, "parallel.schedule interleaved-1f1b needs parallel.virtual_stages >= 2")
+        if self.schedule == "1f1b" and self.virtual_stages > 1:
+            object.__setattr__(self, "schedule", "interleaved-1f1b")
+        if self.layers_per_stage is not None:
+            chunks = self.pp * self.virtual_stages
+            _require(
+                len(self.layers_per_stage) == chunks and min(self.layers_per_stage) >= 1,
+                f"parallel.layers_per_stage {self.layers_per_stage} must name at least one layer for each of the "
+                f"pp x virtual_stages = {chunks} chunks",
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019). Norms and biases are not decayed."""
+
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    """Largest global gradient norm, over every axis; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr is {self.lr}; it must be a positive number")
+        _require(0 <= self.min_lr <= self.lr, f"optimizer.min_lr {self.min_lr} must lie between 0 and lr {self.lr}")
+        _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optimizer.beta1 and beta2 must lie in [0, 1)")
+        _require(self.eps > 0 and self.weight_decay >= 0 and self.clip_grad >= 0, "optimizer: eps > 0, others >= 0")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate by committed step: linear warm-up, then the named decay from lr to min_lr."""
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    """Step at which min_lr is reached (default: the run's last); for wsd, the length of its final decay."""
+
+    def __post_init__(self) -> None:
+        _require(self.warmup_steps >= 0, "schedule.warmup_steps must not be negative")
+        _require(self.decay_steps is None or self.decay_steps > 0, "schedule.decay_steps must be positive")
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """Activations to throw away in the forward and compute again in the backward."""
+
+    mode: Literal["none", "selective", "full"] = "none"
+    modules: tuple[str, ...] = ("attention",)
+    """For selective: names of modules within a layer ("attention", "mlp", "input_norm", "post_norm")."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What to do when a step's numbers are bad: skip its update, count it, stop after too many in a row."""
+
+    max_consecutive_skips: int = 10
+    spike_factor: float | None = None
+    """Skip when the gradient norm exceeds this many times its running mean; None watches only for NaN and Inf."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_consecutive_skips >= 1, "guard.max_consecutive_skips must be at least 1")
+        _require(self.spike_factor is None or self.spike_factor > 1, "guard.spike_factor must exceed 1")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss, every `interval` steps and at the end."""
+
+    interval: int = 0
+    """0 evaluates at the end only."""
+    batches: int = 8
+    """Global batches per evaluation."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where metrics go besides the progress line and metrics.jsonl."""
+
+    interval: int = 1
+    tensorboard: bool = True
+    prometheus: bool = False
+    wandb_project: str | None = None
+    mlflow_experiment: str | None = None
+
+
+@dataclass(frozen=True)
+class FailureConfig:
+    """Ray Train's: how many failures to survive by restarting from the newest checkpoint; -1 is any number."""
+
+    max_failures: int = 0
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Ray Train's `num_to_keep`, and how often to save."""
+
+    num_to_keep: int | None = 2
+    interval: int = 0
+    """Steps between saves; 0 saves at the end only."""
+    asynchronous: bool = True
+    shard_mb: float = 5000.0
+    """Largest size of one safetensors file."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_to_keep is None or self.num_to_keep >= 1,
+            "checkpoint_config.num_to_keep must be at least 1, or None to keep all",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Ray Train's: the run's name and where its output goes."""
+
+    name: str = "run"
+    storage_path: str = "runs"
+    """A local folder or a URI pyarrow understands (s3://, gs://, hdfs://); output lands in storage_path/name."""
+    failure_config: FailureConfig = field(default_factory=FailureConfig)
+    checkpoint_config: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
+            f"run.name {self.name!r} must be a plain folder name",
+        )
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """Ray Train's. `num_workers` counts ranks; one number, or (min, max) for a run that may change size."""
+
+    num_workers: int | tuple[int, int] = 1
+    use_gpu: bool = False
+    resources_per_worker: dict[str, float] | None = None
+    placement_strategy: str = "PACK"
+    accelerator_type: str | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.bounds
+        _require(1 <= low <= high, f"scaling.num_workers {self.num_workers} must be at least 1, and min <= max")
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """(min, max) ranks."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a `TrainEngine` needs besides its model."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    precision: Literal["fp32", "bf16", "bf16-amp", "fp64"] = "fp32"
+    """bf16: bf16 weights with fp32 masters; bf16-amp: fp32 weights, bf16 matrix products; fp64: for tests."""
+    global_batch_size: int = 8
+    """Samples per step, over all ranks."""
+    micro_batch_size: int = 1
+    """Samples one rank works on at a time."""
+    steps: int = 100
+    seed: int = 1234
+    compile: bool = False
+    """Compile the layers with torch.compile: slower to start, faster after."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "micro_batch_size"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.steps >= 0, f"steps is {self.steps}; it must not be negative")
+
+    def micro_batches(self, dp: int) -> int:
+        """Micro-batches one dp rank runs in a step."""
+        per_rank = dp * self.micro_batch_size
+        _require(
+            self.global_batch_size % per_rank == 0,
+            f"global_batch_size {self.global_batch_size} is not divisible by dp x micro_batch_size = {dp} x "
+            f"{self.micro_batch_size}; use a multiple of {per_rank}",
+        )
+        return self.global_batch_size // per_rank
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """A whole pretraining run: model, data, how to train, on what, and where its output goes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    resume: bool = True
+    """Continue from the newest checkpoint under storage_path/name when there is one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for workers in self.scaling.bounds:
+            self.micro_batches(self.dp(workers))
+
+    def dp(self, num_workers: int | None = None) -> int:
+        """Data-parallel size with `num_workers` ranks (by default the largest the run may have)."""
+        workers = self.scaling.bounds[1] if num_workers is None else num_workers
+        unit = self.parallel.tp * self.parallel.pp
+        _require(
+            workers % unit == 0,
+            f"scaling.num_workers {workers} is not divisible by parallel tp x pp = {self.parallel.tp} x "
+            f"{self.parallel.pp}; use a multiple of {unit}",
+        )
+        return workers // unit
+
+
+def cli(default: T, *, description: str | None = None, args: Sequence[str] | None = None) -> T:
+    """Read the command line into a copy of `default`; every field is a flag (`--parallel.tp 2`)."""
+    import tyro
+
+    return tyro.cli(type(default), default=default, description=description, args=args)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON-ready dict of a config; `from_dict` reads it back."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Build `cls` from plain values (as JSON gives them), nested dataclasses included.
+
+    Raises:
+        ValueError: unknown key, or a value of the wrong type; names the key and what was expected.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in values:
+        if key not in names:
+            raise ValueError(f"{where}: unknown key {key!r}; {cls.__name__} has {', '.join(names)}")
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as `hint`, or a ValueError that says where and what was expected."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _first_fit(options, value, where)
+    if origin is Literal:
+        _require(value in options, f"{where} is {value!r}; expected one of {', '.join(map(repr, options))}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        _require(isinstance(value, Mapping), f"{where} is {value!r}; expected the fields of {hint.__name__}")
+        return from_dict(hint, value, where)
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), f"{where} is {value!r}; expected a list")
+        kinds = [options[0]] * len(value) if options[-1] is ... else options
+        _require(len(kinds) == len(value), f"{where} is {value!r}; expected {len(kinds)} values")
+        pairs = zip(kinds, value, strict=True)
+        return tuple(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(pairs))
+    if origin is dict:
+        _require(isinstance(value, Mapping), f"{where} is {value!r}; expected a mapping")
+        return {_convert(options[0], k, where): _convert(options[1], v, f"{where}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    fits = value is None if hint is types.NoneType else isinstance(value, hint)
+    _require(fits and (hint is bool or not isinstance(value, bool)), f"{where} is {value!r}; expected {hint.__name__}")
+    return value
+
+
+def _first_fit(options: tuple, value: Any, where: str) -> Any:
+    exact = [o for o in options if isinstance(o, type) and type(value) is o]
+    for option in (*exact, *options):
+        try:
+            return _convert(option, value, where)
+        except ValueError as error:
+            last = error
+    if len([o for o in options if o is not types.NoneType]) == 1:
+        raise last
+    expected = " or ".join("None" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
+    raise ValueError(f"{where} is {value!r}; expected {expected}")

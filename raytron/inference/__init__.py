@@ -1,0 +1,5 @@
+"""Text from a model."""
+
+from raytron.inference.sample import sample
+
+__all__ = ["sample"]

@@ -1,0 +1,38 @@
+"""One record per step, written to every sink the user asked for.
+
+The engine measures, the driver builds one frozen `StepRecord` a step (`EvalRecord` a held-out evaluation) and hands it
+to a `MetricsWriter`, which passes it to its sinks. A sink is two methods, `write(record)` and `close()`; the JSONL file
+is the run's own memory: `loss_curve_png` draws it, and a resumed run is compared with an uninterrupted one by it.
+
+The package imports neither torch nor ray, so drivers, `torchrun` loops and plain scripts all use it.
+"""
+
+from raytron.metrics.progress import ProgressSink
+from raytron.metrics.records import EvalRecord, Record, StepRecord, read_records
+from raytron.metrics.report import loss_curve_png, summary_table
+from raytron.metrics.sinks import (
+    JsonlSink,
+    MetricsWriter,
+    MlflowSink,
+    PrometheusSink,
+    Sink,
+    TensorBoardSink,
+    WandbSink,
+)
+
+__all__ = [
+    "EvalRecord",
+    "JsonlSink",
+    "MetricsWriter",
+    "MlflowSink",
+    "ProgressSink",
+    "PrometheusSink",
+    "Record",
+    "Sink",
+    "StepRecord",
+    "TensorBoardSink",
+    "WandbSink",
+    "loss_curve_png",
+    "read_records",
+    "summary_table",
+]

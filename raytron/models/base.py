@@ -1,0 +1,191 @@
+"""One rank's part of a model: its chunks, and the one flat buffer that all of its parameters are views of.
+
+One buffer makes everything that moves weights a matter of offsets: gradients lie in a second buffer at the same
+offsets, ZeRO shards are flat intervals of it, and the layout algebra needs nothing else. Matrices that are decayed come
+first, norms and biases behind them, so an optimizer step is a handful of contiguous runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytron.config import ParallelConfig
+from raytron.parallel.collectives import World
+from raytron.parallel.layout import Layout, Piece, Place, Spec
+from raytron.parallel.mesh import Mesh
+from raytron.parallel.tensor import initialize_
+
+__all__ = ["ShardedModel", "Slot", "chunk_layers"]
+
+ALIGN = 64  # elements: slots start on a cache line in every dtype
+
+
+def chunk_layers(layers: int, stages: int, virtual: int, given: tuple[int, ...] | None = None) -> list[range]:
+    """Layer indices of each of the stages x virtual chunks, in model order; as even as it goes, or as `given`.
+
+    Raises ValueError if a chunk would hold no layer, or `given` does not add up.
+    """
+    chunks = stages * virtual
+    if layers < chunks:
+        raise ValueError(
+            f"{layers} layers cannot fill parallel pp x virtual_stages = {stages} x {virtual} = {chunks} chunks, a "
+            "stage would hold no layer; use fewer stages"
+        )
+    if given is not None and sum(given) != layers:
+        raise ValueError(f"parallel.layers_per_stage {given} adds up to {sum(given)}, the model has {layers} layers")
+    counts = given or tuple(layers // chunks + (i < layers % chunks) for i in range(chunks))
+    starts = [sum(counts[:i]) for i in range(chunks)]
+    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter lies in the flat buffer: elements [offset, offset + numel)."""
+
+    param: nn.Parameter
+    offset: int
+    numel: int
+
+
+def rank_name(rank: int) -> Place:
+    """The default place of a rank, for layouts that do not outlive it."""
+    return f"rank-{rank}"
+
+
+class ShardedModel(nn.Module):
+    """One rank's part of a model.
+
+    Args:
+        arch: the family's architecture.
+        world: this rank's seat; `World.sketch` builds the shapes of any rank anywhere.
+        parallel: how layers are cut (tp and pp themselves are the mesh's).
+        dtype, device: of the flat buffer; on "meta" no memory is taken.
+
+    Attributes:
+        chunks: the pipeline chunks held here, in model order.
+        weights: flat buffer; every parameter is a view of it.
+        slots: parameter by parameter, in buffer order. decay_end: where matrices end and norms and biases begin.
+        compute_dtype: dtype of rotary tables.
+    """
+
+    def __init__(
+        self,
+        arch: Any,
+        world: World | None = None,
+        *,
+        parallel: ParallelConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.arch, self.world = arch, world or World.single()
+        self.parallel = parallel or ParallelConfig()
+        self.compute_dtype = dtype
+        device = self.world.device if device is None else torch.device(device)
+        with torch.device("meta"):
+            self.chunks = nn.ModuleList(self.make_chunks(self.world))
+        self.prepare()
+        self._flatten(dtype, device)
+
+    def make_chunks(self, world: World) -> list[nn.Module]:
+        """The chunks that `world`'s rank holds, built on the meta device. Families define this."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Set up what is derived from the architecture and is no parameter. Families define this."""
+        raise NotImplementedError
+
+    def tied_ends(self) -> nn.Parameter | None:
+        """A parameter whose twin is at the other end of the pipeline, if this rank holds one."""
+        return None
+
+    def _flatten(self, dtype: torch.dtype, device: torch.device) -> None:
+        sites = list(_sites(self.chunks))
+        params = list(dict.fromkeys(param for _, _, param in sites))
+        ordered = [p for p in params if p.decay] + [p for p in params if not p.decay]
+        offsets, end = [], 0
+        for param in ordered:
+            offsets.append(end)
+            end += -(-param.numel() // ALIGN) * ALIGN
+        quantum = ALIGN * self.world.mesh.dp  # so that every dp rank owns an equal, aligned share
+        end = -(-end // quantum) * quantum
+        self.decay_end = next((at for at, p in zip(offsets, ordered, strict=True) if not p.decay), end)
+        self.weights = torch.zeros(end, dtype=dtype, device=device)
+        moved, self.slots = {}, []
+        for offset, param in zip(offsets, ordered, strict=True):
+            new = nn.Parameter(self.weights[offset : offset + param.numel()].view(param.shape))
+            new.parts, new.decay, new.std = param.parts, param.decay, param.std
+            moved[param] = new
+            self.slots.append(Slot(new, offset, param.numel()))
+        for module, name, param in sites:
+            module._parameters[name] = moved[param]
+
+    def initialize(self, seed: int) -> ShardedModel:
+        """Random weights that depend only on (seed, tensor name, position), whatever the layout."""
+        for slot in self.slots:
+            initialize_(slot.param, seed)
+        return self
+
+    def layout(self, place: Callable[[int], Place] = rank_name, version: int = 0) -> Layout:
+        """Where the weights of *all* ranks of the mesh live, in each one's flat buffer "weights"."""
+        return weights_layout(type(self), self.arch, self.world.mesh, self.parallel, self.dtype_name, place, version)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.weights.dtype).removeprefix("torch.")
+
+    def num_parameters(self) -> int:
+        """Canonical parameters held here, tied and replicated ones once, padding not counted."""
+        parts = (part for slot in self.slots for part in slot.param.parts if not part.replica)
+        return sum(math.prod(part.size) for part in parts)
+
+
+def _sites(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for child in module.modules():
+        for name, param in child._parameters.items():
+            if param is not None:
+                yield child, name, param
+
+
+def weights_layout(
+    model: type[ShardedModel],
+    arch: Any,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    dtype: str = "float32",
+    place: Callable[[int], Place] = rank_name,
+    version: int = 0,
+) -> Layout:
+    """The weights of a model on every rank of `mesh`, without building any: shapes come from the meta device.
+
+    Ranks that differ only in dp or cp hold the same pieces at the same offsets, so one sketch serves them all.
+    """
+    tensors: dict[str, Spec] = {}
+    spots: dict[str, dict[tuple, list[int]]] = {}
+    sizes: dict[tuple[Place, str], int] = {}
+    for rank in range(mesh.unit):
+        coords = mesh.coords(rank)
+        if coords.cp:
+            continue
+        ranks = [mesh.rank(dp, coords.pp, cp, coords.tp) for dp in range(mesh.dp) for cp in range(mesh.cp)]
+        sketch = model(arch, World.sketch(mesh, rank), parallel=parallel, device="meta")
+        sizes.update({(place(r), "weights"): sketch.weights.numel() for r in ranks})
+        for slot in sketch.slots:
+            for part in slot.param.parts:
+                tensors.setdefault(part.name, Spec(part.shape, dtype))
+                key = (part.box, slot.offset + part.offset, part.strides)
+                spots.setdefault(part.name, {}).setdefault(key, []).extend(ranks)
+    pieces = {
+        name: tuple(
+            Piece(box, "weights", offset, strides, tuple(map(place, sorted(ranks))))
+            for (box, offset, strides), ranks in held.items()
+        )
+        for name, held in spots.items()
+    }
+    return Layout(version, tensors, pieces, sizes)

@@ -1,0 +1,42 @@
+"""SwiGLU feed-forward (Shazeer 2020), cut over tp."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raytron.models.arch import DecoderConfig
+from raytron.parallel.collectives import Axis
+from raytron.parallel.tensor import ColumnParallelLinear, Cut, RowParallelLinear
+
+__all__ = ["SwiGLU"]
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up fused in one product. Forward: x_TD -> y_TD."""
+
+    def __init__(self, prefix: str, arch: DecoderConfig, tp: Axis, sequence_parallel: bool) -> None:
+        super().__init__()
+        size = arch.intermediate_size
+        if size % tp.size:
+            raise ValueError(f"intermediate_size {size} is not divisible by parallel.tp {tp.size}; choose another tp")
+        self.gate_up = ColumnParallelLinear(
+            prefix,
+            [Cut.even("gate_proj", size, tp), Cut.even("up_proj", size, tp)],
+            arch.hidden_size,
+            tp,
+            sequence_parallel=sequence_parallel,
+            std=arch.initializer_range,
+        )
+        self.down = RowParallelLinear(
+            f"{prefix}down_proj",
+            size,
+            arch.hidden_size,
+            tp,
+            sequence_parallel=sequence_parallel,
+            std=arch.initializer_range / (2 * arch.num_hidden_layers) ** 0.5,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)

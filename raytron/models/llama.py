@@ -1,0 +1,82 @@
+"""Llama 3, 3.1 and 3.2 (Grattafiori et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from raytron.models.arch import DecoderConfig, RopeScaling
+from raytron.models.decoder import Decoder
+
+__all__ = ["PRESETS", "Llama", "from_hf", "to_hf"]
+
+_SAME = [
+    f.name
+    for f in fields(DecoderConfig)
+    if f.name not in ("family", "qkv_bias", "qk_norm", "rope_theta", "rope_scaling")
+]
+
+
+class Llama(Decoder):
+    """One rank's part of a Llama."""
+
+
+def from_hf(config: Mapping[str, Any], **family: Any) -> DecoderConfig:
+    """The architecture in a Hugging Face `config.json`.
+
+    Raises ValueError for what this family does not do (another activation, rope type, sliding windows).
+    """
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"config.json: rope type {kind!r} is not supported; default and llama3 are")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; silu is")
+    if config.get("mlp_bias") or (config.get("attention_bias") and not family.get("qkv_bias")):
+        raise ValueError("config.json: attention_bias and mlp_bias are not supported for this family")
+    if config.get("use_sliding_window"):
+        raise ValueError("config.json: use_sliding_window is not supported; full attention is")
+    known = {name: config[name] for name in _SAME if config.get(name) is not None}
+    known.setdefault("num_key_value_heads", config["num_attention_heads"])
+    scaling = RopeScaling(**{k: rope[k] for k in asdict(RopeScaling()) if k in rope}) if kind == "llama3" else None
+    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    return DecoderConfig(**({"family": "llama"} | family), **known, rope_theta=theta, rope_scaling=scaling)
+
+
+def to_hf(arch: DecoderConfig, model_type: str = "llama", architecture: str = "LlamaForCausalLM") -> dict[str, Any]:
+    """`config.json` for `transformers`; rotary settings in the old and the new spelling."""
+    scaling = {"rope_type": "llama3", **asdict(arch.rope_scaling)} if arch.rope_scaling else None
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "attention_bias": arch.qkv_bias,
+        **{name: getattr(arch, name) for name in _SAME if getattr(arch, name) is not None},
+        "rope_theta": arch.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": arch.rope_theta, **(scaling or {"rope_type": "default"})},
+    }
+
+
+def _llama(hidden: int, layers: int, heads: int, ffn: int, **more: Any) -> DecoderConfig:
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": ffn}
+    return DecoderConfig(**sizes, bos_token_id=128000, eos_token_id=128001, **more)
+
+
+_SCALED = {"max_position_embeddings": 131072, "rope_scaling": RopeScaling(8.0)}
+_SMALL = {"max_position_embeddings": 131072, "rope_scaling": RopeScaling(32.0), "tie_word_embeddings": True}
+
+PRESETS = {
+    "llama-3m": DecoderConfig(
+        vocab_size=4096, hidden_size=192, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
+        intermediate_size=512, max_position_embeddings=2048, rope_theta=10000.0, tie_word_embeddings=True,
+    ),
+    "llama3-8b": _llama(4096, 32, 32, 14336),
+    "llama3-70b": _llama(8192, 80, 64, 28672),
+    "llama3.1-8b": _llama(4096, 32, 32, 14336, **_SCALED),
+    "llama3.1-70b": _llama(8192, 80, 64, 28672, **_SCALED),
+    "llama3.1-405b": _llama(16384, 126, 128, 53248, **_SCALED),
+    "llama3.2-1b": _llama(2048, 16, 32, 8192, head_dim=64, **_SMALL),
+    "llama3.2-3b": _llama(3072, 28, 24, 8192, head_dim=128, **_SMALL),
+}  # fmt: skip

@@ -1,0 +1,350 @@
+"""The driver of a pretraining run: check, prepare the data once, start the actors, step, evaluate, save, sum up.
+
+    driver:  check -> prepare data -> Ray -> actors -> load -> [ steps -> evaluate -> save ]* -> summary
+    actors:  every rank reads its own samples and trains its shard (`PretrainTask`); the driver sees only metrics
+
+Ctrl-C and SIGTERM finish the steps under way, save and return; a second Ctrl-C leaves at once. When actors fail,
+`failure_config.max_failures` says how often the run starts them again from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from raytron.actors import CapacityError, Session, TrainerGroup, WorkerError, from_ray_train, result
+from raytron.actors.placement import cluster
+from raytron.checkpoint import Storage
+from raytron.config import PretrainConfig, RunConfig, ScalingConfig, to_dict
+from raytron.data import Prepared, build_datasets, prepare, unigram_entropy
+from raytron.metrics import (
+    EvalRecord,
+    JsonlSink,
+    MetricsWriter,
+    MlflowSink,
+    ProgressSink,
+    PrometheusSink,
+    StepRecord,
+    TensorBoardSink,
+    WandbSink,
+    loss_curve_png,
+    read_records,
+    summary_table,
+)
+from raytron.models.registry import resolve
+from raytron.parallel.mesh import Mesh
+from raytron.training.memory import MemoryEstimate, estimate_memory
+from raytron.training.task import PretrainTask
+
+if TYPE_CHECKING:
+    import ray.train
+
+__all__ = ["run"]
+
+log = logging.getLogger(__name__)
+
+VOCABULARY_SLACK = 1024  # rows a published model may have beyond its tokenizer's entries
+
+
+def run(
+    config: PretrainConfig,
+    *,
+    run_config: RunConfig | ray.train.RunConfig | None = None,
+    scaling_config: ScalingConfig | ray.train.ScalingConfig | None = None,
+) -> ray.train.Result:
+    """Pretrain as `config` says, on Ray actors, and return Ray Train's result.
+
+    Args:
+        config: the whole run.
+        run_config, scaling_config: Ray Train's own objects (or raytron's), instead of `config.run`, `config.scaling`.
+
+    Returns:
+        `metrics` of the last step and the held-out loss, the newest `checkpoint` (its `model` folder is a Hugging Face
+        directory), and the run's `path`. A run stopped by Ctrl-C or SIGTERM returns too, after saving.
+
+    Raises:
+        ValueError: a configuration, data set or checkpoint that cannot work, before actors start where possible.
+        CapacityError: the cluster cannot hold the run, in ranks or in memory.
+        WorkerError: actors failed more often than `failure_config.max_failures`.
+    """
+    if run_config is not None:
+        config = replace(config, run=from_ray_train(run_config))
+    if scaling_config is not None:
+        config = replace(config, scaling=from_ray_train(scaling_config))
+    return _Run(config).drive()
+
+
+@dataclass
+class _Progress:
+    """What the driver remembers for the summary."""
+
+    first: StepRecord | None = None
+    last: StepRecord | None = None
+    held_out: EvalRecord | None = None
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def step(self, record: StepRecord) -> None:
+        if self.last is not None:  # the first step of a process pays for warming up
+            self.seconds += record.step_time_s
+            self.tokens += record.consumed_tokens - self.last.consumed_tokens
+        self.first, self.last = self.first or record, record
+
+
+class _Run:
+    """One run, from its checks to its summary."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config, self.console = config, Console()
+        self.arch = resolve(config.model)
+        self.arch.check_sequence(config.data.sequence_length)
+        parallel = config.parallel
+        self.mesh = Mesh(dp=config.dp(), pp=parallel.pp, tp=parallel.tp)
+        self.memory = estimate_memory(self.arch, self.mesh, config, config.data.sequence_length)
+        self.storage = Storage.open(config.run.storage_path) / config.run.name
+        remote = "://" in config.run.storage_path
+        # A remote run keeps its small files here and copies them over at the end; checkpoints go there directly.
+        self.folder = (Path("runs") if remote else Path(config.run.storage_path)).absolute() / config.run.name
+        self.checkpoints = str(self.storage / "checkpoints")
+        self.progress = _Progress()
+        self._refuse_overwriting()
+
+    def drive(self) -> ray.train.Result:
+        start = time.perf_counter()
+        self._write_json("config.json", to_dict(self.config))
+        self._write_json("versions.json", versions())
+        cache = os.environ.get("RAYTRON_CACHE") or str(self.folder / "data")
+        self.prepared = prepare(self.config.data, cache)
+        check_vocabulary(self.prepared, self.arch.vocab_size)
+        self._announce()
+        with Session(slots=self.mesh.size) as session, stop_requests() as stop:
+            refuse_if_too_big(self.memory, self.mesh, self.config)
+            checkpoint = self._attempts(session, stop)
+        return self._finish(checkpoint, time.perf_counter() - start)
+
+    def _attempts(self, session: Session, stop: threading.Event) -> str | None:
+        """Run until done or stopped, from the newest checkpoint after every failure that is still allowed."""
+        failures = 0
+        while True:
+            try:
+                return self._attempt(session, stop, resume=self.config.resume or failures > 0)
+            except WorkerError as error:
+                failures += 1
+                allowed = self.config.run.failure_config.max_failures
+                if 0 <= allowed < failures or stop.is_set():
+                    raise
+                self.console.print(f"[yellow]{error}[/]\nfailure {failures} of {allowed}: starting the actors again")
+
+    def _attempt(self, session: Session, stop: threading.Event, resume: bool) -> str | None:
+        with TrainerGroup(self.mesh, self.config.scaling, wait_s=session.wait_s) as group:
+            group.create(PretrainTask, self.config, self.arch, self.prepared, self.checkpoints)
+            record = group.load() if resume else None
+            step = 0 if record is None else int(record["step"])
+            if step:
+                self.console.print(f"continuing from step {step} of {self.checkpoints}")
+            with MetricsWriter(self._sinks(step)) as writer:
+                self._loop(group, writer, step, stop)
+            return group.call("latest")[0]
+
+    def _loop(self, group: TrainerGroup, writer: MetricsWriter, step: int, stop: threading.Event) -> None:
+        """Steps up to each milestone, then what is due there; at the end always an evaluation and a save."""
+        config = self.config
+        evaluate_every, save_every = config.evaluation.interval, config.run.checkpoint_config.interval
+        due = [n for n in (evaluate_every, save_every) if n > 0]
+        while step < config.steps and not stop.is_set():
+            milestone = min(config.steps, *(step - step % n + n for n in due)) if due else config.steps
+            for record in group.steps(milestone - step, stop.is_set):
+                self.progress.step(record)
+                writer.write(record)
+                step = record.step
+            end = step == config.steps or stop.is_set()
+            # The evaluation's record is on disk before the checkpoint it belongs to exists: a resume keeps both.
+            if not stop.is_set() and (end or (evaluate_every and step % evaluate_every == 0)):
+                self._evaluate(group, writer)
+            if end or (save_every and step % save_every == 0):
+                error = group.save(wait=end)
+                if error:
+                    self.console.print(f"[red]the checkpoint of step {step} was not saved: {error}[/]")
+
+    def _evaluate(self, group: TrainerGroup, writer: MetricsWriter) -> None:
+        record = group.evaluate()
+        if record is not None:
+            self.progress.held_out = record
+            writer.write(record)
+
+    def _sinks(self, step: int) -> list[Any]:
+        """Metrics files continue where the resumed run does."""
+        options, resume_step, folder = self.config.logging, step or None, self.folder
+        sinks = [JsonlSink(folder / "metrics.jsonl", resume_step=resume_step)]
+        sinks.append(ProgressSink(self.config.steps, console=self.console))
+        if options.tensorboard:
+            sinks.append(TensorBoardSink(folder / "tensorboard", resume_step=resume_step))
+        if options.prometheus:
+            sinks.append(PrometheusSink(folder / "metrics.prom", run=self.config.run.name))
+        if options.wandb_project:
+            named = {"run": self.config.run.name, "config": to_dict(self.config)}
+            sinks.append(WandbSink(options.wandb_project, directory=folder / "wandb", **named))
+        if options.mlflow_experiment:
+            named = {"run": self.config.run.name, "config": to_dict(self.config)}
+            sinks.append(MlflowSink(options.mlflow_experiment, **named))
+        return sinks
+
+    def _refuse_overwriting(self) -> None:
+        folders = (self.storage / "checkpoints").folders()
+        if not self.config.resume and folders:
+            raise ValueError(
+                f"run {self.config.run.name!r} already has checkpoints in {self.checkpoints} and resume is off; leave "
+                "resume on to continue it, choose another run.name, or remove them"
+            )
+
+    def _announce(self) -> None:
+        mesh, config = self.mesh, self.config
+        source = config.data.path or (f"blend of {len(config.data.blend)}" if config.data.blend else "mock data")
+        self.console.print(
+            f"[bold]{config.run.name}[/]: {self.arch.family} of {config.model.path or config.model.preset}, "
+            f"{mesh.size} ranks = dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp}, {config.precision}\n"
+            f"data: {source}, {self.prepared.tokens:,} tokens in {self.prepared.documents:,} documents, "
+            f"vocabulary {self.prepared.vocab_size:,}\nmemory: about {self.memory}",
+            highlight=False,
+        )
+
+    def _finish(self, checkpoint: str | None, wall_s: float) -> ray.train.Result:
+        metrics_file, picture = self.folder / "metrics.jsonl", self.folder / "loss.png"
+        unigram = self._unigram() if self.progress.held_out else None
+        if read_records(metrics_file):
+            loss_curve_png(metrics_file, picture, unigram=unigram)
+        progress, last = self.progress, self.progress.last
+        if last is not None:
+            files = {"model": f"{checkpoint}/model"} if checkpoint else {}
+            files |= {"loss curve": picture, "metrics": metrics_file, "run": self.folder}
+            table = summary_table(
+                name=self.config.run.name,
+                tokens=last.consumed_tokens,
+                first_loss=progress.first.loss,
+                last_loss=last.loss,
+                tokens_per_s=progress.tokens / progress.seconds if progress.seconds else last.tokens_per_s,
+                wall_s=wall_s,
+                held_out_loss=progress.held_out.loss if progress.held_out else None,
+                unigram=unigram,
+                files=files,
+            )
+            self.console.print(table)
+        if self.storage.renames is False:
+            self._upload()
+        return result(self._metrics(unigram), checkpoint, str(self.storage))
+
+    def _metrics(self, unigram: float | None) -> dict[str, Any]:
+        last, held_out = self.progress.last, self.progress.held_out
+        metrics = {} if last is None else {k: v for k, v in vars(last).items() if not isinstance(v, dict)}
+        if held_out is not None:
+            metrics |= {"eval_loss": held_out.loss, "unigram_entropy": unigram}
+        return metrics
+
+    def _unigram(self) -> float | None:
+        config = self.config
+        held_out = config.evaluation.batches * config.global_batch_size
+        _, valid, _ = build_datasets(config.data, self.prepared, 0, held_out)
+        return None if valid is None else unigram_entropy(valid)
+
+    def _write_json(self, name: str, value: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{name}.tmp"
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(self.folder / name)
+
+    def _upload(self) -> None:
+        """Copy the run's small files to remote storage."""
+        for file in sorted(self.folder.rglob("*")):
+            part = file.relative_to(self.folder)
+            if file.is_file() and part.parts[0] not in ("data", "checkpoints"):
+                self.storage.write(part.as_posix(), file.read_bytes())
+
+
+def check_vocabulary(prepared: Prepared, vocab_size: int) -> None:
+    """ValueError where the tokenizer's ids do not fit the model, or the model has far more rows than ids."""
+    if prepared.vocab_size <= vocab_size <= prepared.vocab_size + VOCABULARY_SLACK:
+        return
+    raise ValueError(
+        f"the tokenizer has {prepared.vocab_size} entries and the model's vocab_size is {vocab_size}; set "
+        f"`vocab_size {prepared.vocab_size}` in model.overrides for a new model, or name the model's own tokenizer in "
+        "data.tokenizer"
+    )
+
+
+def refuse_if_too_big(memory: MemoryEstimate, mesh: Mesh, config: PretrainConfig) -> None:
+    """CapacityError where the ranks' estimated memory exceeds what the cluster's nodes (or this GPU) have."""
+    if config.scaling.use_gpu:
+        import torch
+
+        room = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+        if room is not None and memory.total > room:
+            raise CapacityError(f"a rank needs about {memory}, a GPU here has {room / 2**30:.2f} GiB. {_MEND}")
+        return
+    nodes = [node.total.get("memory", 0.0) for node in cluster()]
+    needed, there = memory.total * mesh.size, sum(nodes)
+    if needed > there:
+        raise CapacityError(
+            f"{mesh.size} ranks need about {memory}, {needed / 2**30:.2f} GiB in all; the cluster's {len(nodes)} nodes "
+            f"offer {there / 2**30:.2f} GiB. {_MEND}"
+        )
+
+
+_MEND = "Use more ranks (tp, pp, or dp with zero), recompute, a smaller micro_batch_size or model"
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second Ctrl-C raises KeyboardInterrupt as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        print(f"\n{signal.Signals(number).name}: finishing the step, saving, then leaving", flush=True)
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def versions() -> dict[str, str | None]:
+    """What the run was made with."""
+    packages = ("raytron", "torch", "ray", "transformers", "tokenizers", "safetensors", "numpy")
+    found = {"python": platform.python_version(), "platform": platform.platform(), "commit": _commit()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the working directory, "+" behind it where files differ from it; None outside git."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

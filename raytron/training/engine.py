@@ -1,0 +1,452 @@
+"""One rank of a training run: forward, backward, and a step that commits by a vote. No Ray, no global state.
+
+The step has the phases of the commit protocol, each a method, so that a controller can redo or finish a step after a
+fault instead of guessing where it stood:
+
+    forward_backward   gradients of this rank's micro-batches, reduced over dp; nothing is mutated but the gradients
+    vote               one all-reduce: norm, finiteness, loss, tokens; every rank takes the same decision
+    update             local, no collectives; the shard then belongs to the next version
+    gather             updated weights to the ranks that do not own them (repeatable)
+    publish            the replicated record moves on
+
+Losses are summed, not averaged, until the vote has counted the global batch's tokens; the optimizer divides. So no rank
+needs to see another's loss mask, and any split into micro-batches or dp ranks computes the same step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raytron.config import TrainConfig
+from raytron.data.loader import MicroBatch
+from raytron.models.base import ALIGN, ShardedModel, rank_name
+from raytron.parallel.data import GradientReducer, buckets, shard_intervals
+from raytron.parallel.layout import Layout, Place, cut
+from raytron.parallel.pipeline import Pipeline
+from raytron.parallel.schedules import schedule as pipeline_schedule
+from raytron.parallel.tensor import _ParallelLinear
+from raytron.parallel.weight_grad import WeightGradQueue
+from raytron.training.guard import Culprit, Guard, find_culprit
+from raytron.training.losses import next_token_loss
+from raytron.training.optimizer import FlatAdamW
+from raytron.training.recompute import apply_recompute
+from raytron.training.schedule import learning_rate
+
+__all__ = ["DTYPES", "Record", "StepResult", "TrainEngine", "Vote"]
+
+# precision -> dtype of weights; gradients and masters are fp32, or fp64 where weights are
+DTYPES = {"fp32": torch.float32, "bf16-amp": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass
+class Record:
+    """The run's replicated state besides tensors: a few numbers, the same on every rank."""
+
+    step: int = 0
+    updates: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    skipped: int = 0
+    consecutive_skips: int = 0
+    nan_steps: int = 0
+    norm_mean: float = 0.0
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What all ranks agreed on: mean loss (nats per token), global gradient norm, tokens, and whether to apply it."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    skip: str | None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One committed step. `skipped` says why its update was left out; `culprit` what went bad first."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    tokens: int
+    learning_rate: float
+    skipped: str | None = None
+    culprit: str | None = None
+
+
+class TrainEngine:
+    """Trains one rank's part of a model.
+
+    Args:
+        model: from `raytron.models.build` or `from_pretrained`, with this rank's world.
+        config: what to do. `config.precision` must fit the model's dtype (`DTYPES`).
+
+    Attributes:
+        counters: the replicated numbers; with the buffers they are the whole state of a run (see `record`).
+        grads: flat gradient buffer beside `model.weights`: sums over tokens, not yet divided.
+        intervals: what of the buffer this rank's optimizer owns.
+        phases_s: host seconds of the last step's phases.
+
+    Raises:
+        ValueError: a batch, layer or token count the mesh does not divide; a model of another dtype.
+    """
+
+    def __init__(self, model: ShardedModel, config: TrainConfig) -> None:
+        self.model, self.config, self.world = model, config, model.world
+        self.mesh, self.counters = self.world.mesh, Record()
+        self.phases_s: dict[str, float] = {}
+        if model.weights.dtype != DTYPES[config.precision]:
+            raise ValueError(
+                f"precision {config.precision} needs {DTYPES[config.precision]} weights, the model has "
+                f"{model.weights.dtype}; build it with dtype=DTYPES[precision]"
+            )
+        self.micro_batches = config.micro_batches(self.mesh.dp)
+        self._barriers: list[Callable[[], None]] = []
+        wide = torch.float64 if config.precision == "fp64" else torch.float32
+        self.grads = torch.zeros_like(model.weights, dtype=wide)
+        self._attach_gradients()
+        self._cut_shards()
+        self.adamw = FlatAdamW(config.optimizer, model.weights, self.grads, self.intervals, model.decay_end)
+        self._guard = Guard(config.guard)
+        apply_recompute(model, config.recompute)
+        if config.compile:
+            for chunk in model.chunks:
+                chunk.compile(dynamic=False)
+        self._pipeline = self._make_pipeline()
+
+    # What this rank owns
+
+    def _cut_shards(self) -> None:
+        total, dp = self.model.weights.numel(), self.world.axis("dp")
+        self.scatter = self.config.parallel.zero and dp.size > 1
+        self._cuts = self._buckets(total)
+        self._shard = shard_intervals(self._cuts, dp.size, dp.index)
+        self.intervals = self._shard if self.scatter else [(0, total)]
+        spans = [(slot.offset, slot.offset + slot.numel) for slot in self.model.slots]
+        self._reducer = GradientReducer(self.grads, spans, self._cuts, dp, self.scatter)
+        self._counted = _intersect(self._counted_intervals(), self._shard)
+        self._sums = _TensorSums(self.model, self.grads, self.world.axis("tp"))
+
+    def _buckets(self, total: int) -> list[tuple[int, int]]:
+        elements = int(self.config.parallel.bucket_mb * 2**20 / self.grads.element_size())
+        return buckets(total, elements, ALIGN * self.mesh.dp)
+
+    def _counted_intervals(self) -> list[tuple[int, int]]:
+        """Flat intervals of the elements that this rank, of its tp and pp peers, counts in norms."""
+        twin = self.model.tied_ends() if self.world.coords.pp else None
+        out: list[tuple[int, int]] = []
+        for slot in self.model.slots:
+            for part in slot.param.parts:
+                if part.replica or slot.param is twin:
+                    continue
+                start = slot.offset + part.offset
+                stop = start + math.prod(part.size)
+                if out and start - out[-1][1] < ALIGN:  # alignment gaps are zero
+                    out[-1] = (out[-1][0], stop)
+                else:
+                    out.append((start, stop))
+        return out
+
+    def optimizer_layout(self, place: Callable[[int], Place] = rank_name, version: int = 0) -> Layout:
+        """Where the optimizer's tensors (one of them) live on *all* ranks, in each one's flat buffer "shard"."""
+        weights = self.model.layout(place, version)
+        intervals = {}
+        for rank in range(self.mesh.size):
+            where = place(rank)
+            total = weights.sizes[where, "weights"]
+            cuts = buckets(
+                total, int(self.config.parallel.bucket_mb * 2**20 / self.grads.element_size()), 64 * self.mesh.dp
+            )
+            dp = self.mesh.coords(rank).dp
+            intervals[where] = shard_intervals(cuts, self.mesh.dp, dp) if self.scatter else [(0, total)]
+        return cut(weights, intervals, of="weights", buffer="shard")
+
+    # Gradients
+
+    def _attach_gradients(self) -> None:
+        """Make autograd accumulate into the flat buffer: directly, or through a hook where weights are narrower."""
+        self._index = {slot.param: i for i, slot in enumerate(self.model.slots)}
+        self._last_micro = False
+        for slot in self.model.slots:
+            view = self.grads[slot.offset : slot.offset + slot.numel].view(slot.param.shape)
+            hook = self._make_hook(slot.param, view)
+            slot.param.register_post_accumulate_grad_hook(hook)
+            slot.param.after_accumulate = hook
+            if view.dtype == slot.param.dtype:
+                slot.param.grad = view
+
+    def _make_hook(self, param: nn.Parameter, view: Tensor) -> Callable[[Tensor], None]:
+        narrow, index = view.dtype != param.dtype, self._index[param]
+
+        def accumulated(param: Tensor) -> None:
+            if narrow:
+                view.add_(param.grad)
+                param.grad = None
+            if self._last_micro and param not in self._late:
+                self._reducer.ready(index)
+
+        return accumulated
+
+    def _make_pipeline(self) -> Pipeline | None:
+        parallel, axis = self.config.parallel, self.world.axis("pp")
+        self._late = {*self._sums.params} | ({twin} if (twin := self.model.tied_ends()) is not None else set())
+        if axis.size * parallel.virtual_stages == 1:
+            return None
+        plan = pipeline_schedule(parallel.schedule, axis.size, self.micro_batches, parallel.virtual_stages)
+        queue = WeightGradQueue() if parallel.schedule == "zero-bubble" else None
+        for module in self.model.modules():
+            if isinstance(module, _ParallelLinear):
+                module.queue = queue
+        return Pipeline(axis, plan, device=self.world.device, weight_grads=queue)
+
+    def _autocast(self):
+        if self.config.precision != "bf16-amp":
+            return nullcontext()
+        return torch.autocast(self.world.device.type, torch.bfloat16)
+
+    def _forward(self, batch: MicroBatch, chunk: int, hidden: Tensor | None) -> Tensor:
+        """One chunk of one micro-batch: hidden states, or the loss sum from the last."""
+        module, (size, length) = self.model.chunks[chunk], batch.tokens_BS.shape
+        seq = self.model.sequences(size, length, batch.position_ids_BS, batch.document_ids_BS)
+        with self._autocast():
+            out = module(batch.tokens_BS.reshape(-1) if hidden is None else hidden, seq)
+        if not module.last:
+            return out
+        labels, mask = batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1)
+        return next_token_loss(out, labels, mask, module.head.start, self.world.axis("tp"))
+
+    def _shape(self, batches: Sequence[MicroBatch]) -> Callable[[int], tuple[int, int]]:
+        split = self.world.axis("tp").size if self.config.parallel.sequence_parallel else 1
+        return lambda micro: (batches[micro].tokens_BS.numel() // split, self.model.arch.hidden_size)
+
+    def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """Gradients of this rank's micro-batches into `grads`, reduced over dp, tp replicas and tied ends.
+
+        Returns this rank's [loss sum, tokens] in float64: zero where another rank counts the same tokens.
+        """
+        batches = [self._place(batch) for batch in batches]
+        self._check(batches)
+        self.grads.zero_()
+        self._reducer.begin()
+        losses = self._run_pipeline(batches) if self._pipeline else self._run_whole(batches)
+        self._last_micro = False
+        self._sums.all_reduce()
+        self._exchange_tied_ends()
+        for index in range(len(self.model.slots)):
+            self._reducer.ready(index)
+        self._reducer.finish()
+        return self._count(losses, batches)
+
+    def _run_whole(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        losses = []
+        for i, batch in enumerate(batches):
+            loss = self._forward(batch, 0, None)
+            self._last_micro = i == len(batches) - 1
+            loss.backward()
+            losses.append(loss.detach())
+        return losses
+
+    def _run_pipeline(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        return self._pipeline.run(
+            lambda chunk, micro, hidden: self._forward(batches[micro], chunk, hidden),
+            shape=self._shape(batches),
+            dtype=self.model.weights.dtype,
+            on_chunk_done=self._chunk_done,
+        )
+
+    def _chunk_done(self, chunk: int) -> None:
+        shared = {*self.model.chunks[0].parameters()} & {*self.model.chunks[-1].parameters()}
+        for param in self.model.chunks[chunk].parameters():
+            if param not in self._late and (len(self.model.chunks) == 1 or param not in shared):
+                self._reducer.ready(self._index[param])
+
+    def _exchange_tied_ends(self) -> None:
+        """Add the two ends' gradients of a tied embedding; a + b = b + a, so both hold the same bits."""
+        twin = self.model.tied_ends()
+        if twin is None:
+            return
+        axis, slot = self.world.axis("pp"), self.model.slots[self._index[twin]]
+        mine = self.grads[slot.offset : slot.offset + slot.numel]
+        other, peer = torch.empty_like(mine), axis.size - 1 - axis.index
+        sent, received = axis.isend(mine, peer), axis.irecv(other, peer)
+        sent.wait()
+        received.wait()
+        mine.add_(other)
+
+    def _place(self, batch: MicroBatch) -> MicroBatch:
+        device = self.world.device
+        if device.type == "cpu":
+            return batch
+        moved = {k: None if t is None else t.to(device, non_blocking=True) for k, t in vars(batch).items()}
+        return MicroBatch(**moved)
+
+    def _check(self, batches: Sequence[MicroBatch]) -> None:
+        if len(batches) != self.micro_batches:
+            raise ValueError(f"got {len(batches)} micro-batches, this rank runs {self.micro_batches} in a step")
+        tp, tokens = self.world.axis("tp").size, batches[0].tokens_BS.numel()
+        if self.config.parallel.sequence_parallel and tokens % tp:
+            raise ValueError(
+                f"micro_batch_size x sequence_length = {tokens} tokens are not divisible by parallel.tp {tp}; change "
+                "one of them, or turn parallel.sequence_parallel off"
+            )
+
+    def _count(self, losses: Sequence[Tensor], batches: Sequence[MicroBatch]) -> Tensor:
+        if not losses or self.world.coords.tp:
+            return torch.zeros(2, dtype=torch.float64)
+        loss = torch.stack([loss.double() for loss in losses]).sum().cpu()
+        tokens = sum(float(batch.loss_mask_BS.sum()) for batch in batches)
+        return torch.stack((loss, torch.tensor(tokens, dtype=torch.float64)))
+
+    # The step
+
+    def step(self, batches: Sequence[MicroBatch]) -> StepResult:
+        """One whole step on this rank's micro-batches (see `GlobalBatches`). Collective over the world.
+
+        Raises TrainingStopped after too many skipped steps in a row.
+        """
+        with self._timed("forward_backward"):
+            counts = self.forward_backward(batches)
+        with self._timed("vote"):
+            vote = self.vote(counts)
+        culprit = find_culprit(self.model, self.grads, self.world) if vote.skip == "non-finite" else None
+        lr = learning_rate(self.counters.step, self.config.steps, self.config.optimizer, self.config.schedule)
+        if vote.skip is None:
+            with self._timed("update"):
+                self.update(vote, lr)
+            with self._timed("gather"):
+                self.gather()
+        return self.publish(vote, lr, culprit)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.phases_s[phase] = time.perf_counter() - start
+
+    def vote(self, counts: Tensor) -> Vote:
+        """All ranks agree on loss, norm, tokens and whether to apply the step. One all-reduce of three float64."""
+        squares = sum((_square_sum(self.grads[a:b]) for a, b in self._counted), torch.zeros((), dtype=torch.float64))
+        ballot = torch.cat((counts, squares.reshape(1)))
+        loss_sum, tokens, square = self.world.axis("world").all_reduce_(ballot).tolist()
+        if tokens == 0:
+            raise ValueError("no token of the global batch counts for the loss; check the data's loss mask")
+        norm = math.sqrt(square) / tokens if square >= 0 else math.nan
+        loss = loss_sum / tokens
+        return Vote(loss, norm, int(tokens), self._guard.judge(loss, norm, self.counters))
+
+    def update(self, vote: Vote, lr: float) -> None:
+        """Apply the gradients to what this rank owns. Local."""
+        for barrier in self._barriers:
+            barrier()
+        clip = self.config.optimizer.clip_grad
+        shrink = max(1.0, (vote.grad_norm + 1e-6) / clip) if clip > 0 else 1.0
+        self.adamw.step(lr, self.counters.updates + 1, vote.tokens * shrink)
+
+    def gather(self) -> None:
+        """Bring updated weights to every dp rank."""
+        if not self.scatter:
+            return
+        axis = self.world.axis("dp")
+        handles = [axis.all_gather_into_(self.model.weights[a:b], async_op=True) for a, b in self._cuts]
+        for handle in handles:
+            handle.wait()
+
+    def publish(self, vote: Vote, lr: float, culprit: Culprit | None = None) -> StepResult:
+        """Move the record on: the version every rank's bytes now belong to is `counters.step`."""
+        record = self.counters
+        record.step += 1
+        record.consumed_samples += self.config.global_batch_size
+        record.consumed_tokens += vote.tokens
+        self._guard.count(record, vote.skip, vote.grad_norm)
+        result = StepResult(
+            record.step, vote.loss, vote.grad_norm, vote.tokens, lr, vote.skip, str(culprit) if culprit else None
+        )
+        self._guard.check(record, result.culprit)
+        return result
+
+    def add_barrier(self, barrier: Callable[[], None]) -> None:
+        """Call `barrier` before weights or optimizer state change: an asynchronous save finishes its copy there."""
+        self._barriers.append(barrier)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """[loss sum, tokens] of this rank's micro-batches summed over the world, float64. Collective."""
+        batches = [self._place(batch) for batch in batches]
+        self._check(batches)
+        if self._pipeline:
+            losses = self._pipeline.evaluate(
+                lambda chunk, micro, hidden: self._forward(batches[micro], chunk, hidden),
+                shape=self._shape(batches),
+                dtype=self.model.weights.dtype,
+            )
+        else:
+            losses = [self._forward(batch, 0, None) for batch in batches]
+        return self.world.axis("world").all_reduce_(self._count(losses, batches))
+
+    # State
+
+    @property
+    def optimizer(self) -> dict[str, Tensor]:
+        """This rank's optimizer buffers by name, each laid out as `optimizer_layout` says; fill in place to restore."""
+        return self.adamw.state
+
+    @property
+    def record(self) -> dict[str, int | float]:
+        """The replicated numbers, JSON-ready; assign a saved one to restore it."""
+        return asdict(self.counters)
+
+    @record.setter
+    def record(self, saved: dict[str, int | float]) -> None:
+        self.counters = Record(**saved)
+
+
+class _TensorSums:
+    """Sums over tp the gradients of weights that several ranks hold and each computed a share of.
+
+    One flat buffer and one all-reduce for all of them. A weight held by `replicas` of the ranks takes tp / replicas
+    slots of the buffer, so that a key/value head shared by two ranks is summed over just those two.
+    """
+
+    def __init__(self, model: ShardedModel, grads: Tensor, tp) -> None:
+        self._tp, self._places, self.params, end = tp, [], set(), 0
+        for slot in model.slots:
+            for part in slot.param.parts:
+                if not part.partial:
+                    continue
+                self.params.add(slot.param)
+                size, groups = math.prod(part.size), tp.size // part.replicas
+                start = slot.offset + part.offset
+                at = end + tp.index // part.replicas * size
+                self._places.append((grads[start : start + size], at, at + size))
+                end += groups * size
+        self._buffer = grads.new_zeros(end)
+
+    def all_reduce(self) -> None:
+        if not self._places:
+            return
+        self._buffer.zero_()
+        for grad, start, stop in self._places:
+            self._buffer[start:stop] = grad
+        self._tp.all_reduce_(self._buffer)
+        for grad, start, stop in self._places:
+            grad.copy_(self._buffer[start:stop])
+
+
+def _intersect(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    pairs = ((max(p[0], q[0]), min(p[1], q[1])) for p in a for q in b)
+    return [(start, stop) for start, stop in pairs if start < stop]
+
+
+def _square_sum(flat: Tensor, row: int = 4096) -> Tensor:
+    """Sum of squares in float64 of per-row fp32 norms: exact enough for a global norm, and one pass over the data."""
+    whole = flat.numel() // row * row
+    squares = torch.linalg.vector_norm(flat[:whole].view(-1, row), dim=1).double().square().sum()
+    return (squares + flat[whole:].double().square().sum()).cpu()

@@ -1,0 +1,169 @@
+"""A pretraining run as one rank sees it: data by index, engine, checkpoints. Hosted by an actor or a torchrun process.
+
+Each rank reads its own samples; whoever drives the run sees only metrics.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+
+from raytron.checkpoint import CheckpointManager
+from raytron.config import PretrainConfig
+from raytron.data.build import Prepared, build_datasets
+from raytron.data.loader import GlobalBatches
+from raytron.metrics import EvalRecord, StepRecord
+from raytron.models.loading import build, load_weights
+from raytron.parallel.collectives import World
+from raytron.training.engine import DTYPES, StepResult, TrainEngine
+from raytron.training.memory import flops_per_token
+
+__all__ = ["PretrainTask", "measure_peak_flops"]
+
+
+class PretrainTask:
+    """One rank of a pretraining run.
+
+    Args:
+        world: this rank's seat; its mesh is what `config.parallel` asks for.
+        config: the run's configuration.
+        arch: the model's architecture.
+        prepared: what `raytron.data.prepare` made, once, before ranks started.
+        checkpoints: folder or URI of the run's checkpoints.
+
+    Every method is collective over the world. Metrics come from rank 0, other ranks return None.
+    """
+
+    def __init__(self, world: World, config: PretrainConfig, arch: Any, prepared: Prepared, checkpoints: str) -> None:
+        self.world, self.config, self.prepared = world, config, prepared
+        self._make_data()
+        model = build(arch, world, parallel=config.parallel, dtype=DTYPES[config.precision])
+        if config.model.path is None:
+            model.initialize(config.seed)
+        else:
+            load_weights(model, config.model.path)
+        self.engine = TrainEngine(model, config)
+        policy = config.run.checkpoint_config
+        self.checkpoints = CheckpointManager(
+            checkpoints, keep=policy.num_to_keep, asynchronous=policy.asynchronous, shard_mb=policy.shard_mb
+        )
+        self._flops = flops_per_token(arch, config.data.sequence_length)
+        self.peak_flops = measure_peak_flops(world)
+        self._reader = None
+        self._end = time.perf_counter()
+
+    def _make_data(self) -> None:
+        config, size, length = self.config, self.config.global_batch_size, self.config.data.sequence_length
+        held_out = config.evaluation.batches * size
+        train, valid, _ = build_datasets(config.data, self.prepared, max(config.steps, 1) * size, held_out)
+        self._train = GlobalBatches(train, size, config.micro_batch_size, length)
+        self._valid = GlobalBatches(valid, size, config.micro_batch_size, length) if valid is not None else None
+
+    def load(self) -> dict[str, Any] | None:
+        """Continue from the newest good checkpoint, at whatever layout it was saved. Returns its record, or None."""
+        record = self.checkpoints.load(self.engine)
+        if record is not None:
+            self.engine.record = record
+            self._close_reader()
+        return record
+
+    def train_step(self) -> StepRecord | None:
+        """One step of the run; TrainingStopped after too many skipped ones in a row."""
+        if self._reader is None:
+            dp = self.world.axis("dp")
+            self._reader = self._train.prefetch(self.engine.counters.consumed_samples, dp.index, dp.size)
+        result = self.engine.step(next(self._reader))
+        now = time.perf_counter()
+        elapsed, self._end = now - self._end, now
+        return self._record(result, elapsed) if self.world.rank == 0 else None
+
+    def evaluate(self) -> EvalRecord | None:
+        """Held-out loss over the same first global batches of the validation split every time."""
+        if self._valid is None:
+            return None
+        dp, size = self.world.axis("dp"), self.config.global_batch_size
+        counts = torch.zeros(2, dtype=torch.float64)
+        for batch in range(self.config.evaluation.batches):
+            counts += self.engine.evaluate(self._valid.read(batch * size, dp.index, dp.size))
+        self._end = time.perf_counter()
+        if self.world.rank:
+            return None
+        loss = (counts[0] / counts[1]).item()
+        return EvalRecord(self.engine.counters.step, loss, torch.tensor(loss).exp().item(), int(counts[1]))
+
+    def save(self, wait: bool = False) -> str | None:
+        """Save the committed step, in the background unless `wait`; None, or why it failed (training goes on)."""
+        future = self.checkpoints.save(self.engine, tokenizer=self.prepared.tokenizer_directory)
+        if not wait:
+            return None
+        saved = future.result()
+        return None if saved.ok else saved.error
+
+    def latest(self) -> str | None:
+        """Where the newest checkpoint is, once every save has ended."""
+        self.checkpoints.wait()
+        return self.checkpoints.latest()
+
+    def close(self) -> None:
+        """Finish saving and stop reading."""
+        self.checkpoints.close()
+        self._close_reader()
+
+    def _close_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _record(self, result: StepResult, elapsed: float) -> StepRecord:
+        counters, tokens = self.engine.counters, self.config.global_batch_size * self.config.data.sequence_length
+        flops = tokens * self._flops / elapsed / self.world.mesh.size
+        return StepRecord(
+            step=result.step,
+            consumed_samples=counters.consumed_samples,
+            consumed_tokens=counters.consumed_tokens,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
+            step_time_s=elapsed,
+            tokens_per_s=tokens / elapsed,
+            tflops_per_rank=flops / 1e12,
+            mfu=flops / self.peak_flops,
+            memory_bytes=peak_memory(self.world.device),
+            skipped=result.skipped is not None,
+            skipped_total=counters.skipped,
+            nan_total=counters.nan_steps,
+            phases_s=dict(self.engine.phases_s),
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory this rank has held so far, in bytes: the device's, or the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def measure_peak_flops(world: World, size: int | None = None, seconds: float = 0.2) -> float:
+    """FLOP/s of a square matrix product in bf16 on a GPU, fp32 on a CPU, all ranks at once: what MFU is a share of."""
+    device = world.device
+    dtype, size = (torch.bfloat16, size or 8192) if device.type == "cuda" else (torch.float32, size or 512)
+    a = torch.randn(size, size, device=device).to(dtype)
+    a @ a
+    _synchronize(device)
+    world.axis("world").barrier()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        a @ a
+        _synchronize(device)
+        count += 1
+    return 2.0 * size**3 * count / (time.perf_counter() - start)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
