@@ -7,8 +7,14 @@ A recipe builds one of these in Python; `cli` turns it into a command line whose
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import inspect
+import itertools
 import math
+import os
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -31,8 +37,10 @@ __all__ = [
     "ScalingConfig",
     "ScheduleConfig",
     "TrainConfig",
+    "Typed",
     "cli",
     "from_dict",
+    "report_error",
     "to_dict",
 ]
 
@@ -44,8 +52,19 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+class Typed:
+    """Holds a dataclass's fields to their declared types when it is made: a recipe's slip fails like a JSON file's.
+
+    Integers where a float is expected become one, lists tuples, paths strings. Raises ValueError for anything else.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            object.__setattr__(self, name, _convert(hint, getattr(self, name), f"{type(self).__name__}.{name}"))
+
+
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Typed):
     """Which model: a preset (`raytron models` lists them) or a Hugging Face directory, and what to change in it."""
 
     preset: str = "llama3.2-1b"
@@ -57,7 +76,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Typed):
     """Where tokens come from and how they are cut into samples."""
 
     path: str | None = None
@@ -86,15 +105,17 @@ class DataConfig:
     """Tokenising processes; by default one per core."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.sequence_length >= 1, f"data.sequence_length is {self.sequence_length}; it must be at least 1")
         _require(not (self.path and self.blend), "data.path and data.blend exclude each other; set one of them")
         _require(
             all(w > 0 and math.isfinite(w) for w, _ in self.blend), "data.blend: every weight must be a positive number"
         )
+        _require(self.workers is None or self.workers >= 1, f"data.workers is {self.workers}; it must be at least 1")
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Typed):
     """How one step is spread over ranks. dp is what is left: num_workers / (tp x pp)."""
 
     tp: int = 1
@@ -114,8 +135,10 @@ class ParallelConfig:
     """Decoder layers of each of the pp x virtual_stages chunks, in model order; by default as even as it goes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("tp", "pp", "virtual_stages"):
             _require(getattr(self, name) >= 1, f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.bucket_mb > 0, f"parallel.bucket_mb is {self.bucket_mb}; it must be positive")
         if self.schedule == "interleaved-1f1b":
             _require(self.virtual_stages > 1, "parallel.schedule interleaved-1f1b needs parallel.virtual_stages >= 2")
         if self.schedule == "1f1b" and self.virtual_stages > 1:
@@ -130,7 +153,7 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Typed):
     """AdamW (Loshchilov and Hutter 2019). Norms and biases are not decayed."""
 
     lr: float = 3e-4
@@ -143,6 +166,7 @@ class OptimizerConfig:
     """Largest global gradient norm, over every axis; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.lr > 0 and math.isfinite(self.lr), f"optimizer.lr is {self.lr}; it must be a positive number")
         _require(0 <= self.min_lr <= self.lr, f"optimizer.min_lr {self.min_lr} must lie between 0 and lr {self.lr}")
         _require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optimizer.beta1 and beta2 must lie in [0, 1)")
@@ -150,7 +174,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Typed):
     """Learning rate by committed step: linear warm-up, then the named decay from lr to min_lr."""
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -159,12 +183,13 @@ class ScheduleConfig:
     """Step at which min_lr is reached (default: the run's last); for wsd, the length of its final decay."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.warmup_steps >= 0, "schedule.warmup_steps must not be negative")
         _require(self.decay_steps is None or self.decay_steps > 0, "schedule.decay_steps must be positive")
 
 
 @dataclass(frozen=True)
-class RecomputeConfig:
+class RecomputeConfig(Typed):
     """Activations to throw away in the forward and compute again in the backward."""
 
     mode: Literal["none", "selective", "full"] = "none"
@@ -173,7 +198,7 @@ class RecomputeConfig:
 
 
 @dataclass(frozen=True)
-class GuardConfig:
+class GuardConfig(Typed):
     """What to do when a step's numbers are bad: skip its update, count it, stop after too many in a row."""
 
     max_consecutive_skips: int = 10
@@ -181,12 +206,13 @@ class GuardConfig:
     """Skip when the gradient norm exceeds this many times its running mean; None watches only for NaN and Inf."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.max_consecutive_skips >= 1, "guard.max_consecutive_skips must be at least 1")
         _require(self.spike_factor is None or self.spike_factor > 1, "guard.spike_factor must exceed 1")
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Typed):
     """Held-out loss, every `interval` steps and at the end."""
 
     interval: int = 0
@@ -194,9 +220,13 @@ class EvalConfig:
     batches: int = 8
     """Global batches per evaluation."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.interval >= 0 and self.batches >= 0, "evaluation.interval and batches must not be negative")
+
 
 @dataclass(frozen=True)
-class LoggingConfig:
+class LoggingConfig(Typed):
     """Where metrics go besides the progress line and metrics.jsonl."""
 
     interval: int = 1
@@ -205,16 +235,24 @@ class LoggingConfig:
     wandb_project: str | None = None
     mlflow_experiment: str | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.interval >= 1, f"logging.interval is {self.interval}; it must be at least 1")
+
 
 @dataclass(frozen=True)
-class FailureConfig:
+class FailureConfig(Typed):
     """Ray Train's: how many failures to survive by restarting from the newest checkpoint; -1 is any number."""
 
     max_failures: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.max_failures >= -1, "failure_config.max_failures must be -1 (any number), 0 or more")
+
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Typed):
     """Ray Train's `num_to_keep`, and how often to save."""
 
     num_to_keep: int | None = 2
@@ -225,14 +263,17 @@ class CheckpointConfig:
     """Largest size of one safetensors file."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(
             self.num_to_keep is None or self.num_to_keep >= 1,
             "checkpoint_config.num_to_keep must be at least 1, or None to keep all",
         )
+        _require(self.interval >= 0, "checkpoint_config.interval must not be negative; 0 saves at the end only")
+        _require(self.shard_mb > 0, f"checkpoint_config.shard_mb is {self.shard_mb}; it must be positive")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Typed):
     """Ray Train's: the run's name and where its output goes."""
 
     name: str = "run"
@@ -242,6 +283,7 @@ class RunConfig:
     checkpoint_config: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(
             bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
             f"run.name {self.name!r} must be a plain folder name",
@@ -249,7 +291,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class ScalingConfig:
+class ScalingConfig(Typed):
     """Ray Train's. `num_workers` counts ranks; one number, or (min, max) for a run that may change size."""
 
     num_workers: int | tuple[int, int] = 1
@@ -259,6 +301,7 @@ class ScalingConfig:
     accelerator_type: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         low, high = self.bounds
         _require(1 <= low <= high, f"scaling.num_workers {self.num_workers} must be at least 1, and min <= max")
 
@@ -269,7 +312,7 @@ class ScalingConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Typed):
     """What a `TrainEngine` needs besides its model."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -289,6 +332,7 @@ class TrainConfig:
     """Compile the layers with torch.compile: slower to start, faster after."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("global_batch_size", "micro_batch_size"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         _require(self.steps >= 0, f"steps is {self.steps}; it must not be negative")
@@ -335,10 +379,66 @@ class PretrainConfig(TrainConfig):
 
 
 def cli(default: T, *, description: str | None = None, args: Sequence[str] | None = None) -> T:
-    """Read the command line into a copy of `default`; every field is a flag (`--parallel.tp 2`)."""
-    import tyro
+    """Read the command line into a copy of `default`; every field is a flag (`--parallel.tp 2`).
 
-    return tyro.cli(type(default), default=default, description=description, args=args)
+    `args` stand in for the command line. Without them the caller is a script being run, whose user is told what is
+    wrong and not where it was noticed: from here on `report_error` shows what ends it.
+    """
+    from tyro import cli as parse
+    from tyro.constructors import ConstructorRegistry
+
+    if args is None:
+        sys.excepthook = report_error
+    registry = ConstructorRegistry()
+    registry.struct_rule(_with_field_docs)
+    return parse(type(default), default=default, description=description, args=args, registry=registry)
+
+
+def report_error(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """A `sys.excepthook`: ValueError and OSError are one red line and exit code 2, Ctrl-C is exit code 130.
+
+    Anything else is a fault in the program and keeps its traceback, as everything does where RAYTRON_DEBUG is set.
+    """
+    if os.environ.get("RAYTRON_DEBUG") or not issubclass(kind, ValueError | OSError | KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    if kind is KeyboardInterrupt:
+        raise SystemExit(130)
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\033[31m{error}\033[0m" if colour else error, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _with_field_docs(info: Any) -> Any:
+    """tyro's rule for dataclasses that have a default, with the sentence below each field as its help.
+
+    By itself tyro finds those sentences too, but through `inspect`, which parses this whole file twice for every class:
+    more than half of the time that `--help` takes.
+    """
+    from tyro.constructors import StructConstructorSpec, StructFieldSpec
+
+    if not (dataclasses.is_dataclass(info.type) and isinstance(info.default, info.type)):
+        return None
+    docs: dict[str, str] = {}
+    for cls in reversed(info.type.__mro__[:-1]):
+        docs |= _field_docs(cls.__module__).get(cls.__name__, {})
+    specs = (
+        StructFieldSpec(name=name, type=hint, default=getattr(info.default, name), helptext=docs.get(name))
+        for name, hint in _hints(info.type).items()
+    )
+    return StructConstructorSpec(instantiate=info.type, fields=tuple(specs))
+
+
+@functools.cache
+def _field_docs(module: str) -> dict[str, dict[str, str]]:
+    """Class -> field -> the string below it, for the classes of a module, from one parse of its source."""
+    docs: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(sys.modules[module])).body:
+        for declared, below in itertools.pairwise(node.body if isinstance(node, ast.ClassDef) else ()):
+            match declared, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs.setdefault(node.name, {})[name] = " ".join(text.split())
+    return docs
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -352,12 +452,17 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
     Raises:
         ValueError: unknown key, or a value of the wrong type; names the key and what was expected.
     """
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    _require(isinstance(values, Mapping), f"{where} is {values!r}; expected the fields of {cls.__name__}")
+    hints = _hints(cls)
     for key in values:
-        if key not in names:
-            raise ValueError(f"{where}: unknown key {key!r}; {cls.__name__} has {', '.join(names)}")
+        _require(key in hints, f"{where}: unknown key {key!r}; {cls.__name__} has {', '.join(hints)}")
     return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -373,19 +478,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
-        _require(isinstance(value, Mapping), f"{where} is {value!r}; expected the fields of {hint.__name__}")
         return from_dict(hint, value, where)
-    if origin is tuple:
+    if origin in (tuple, list):
         _require(isinstance(value, list | tuple), f"{where} is {value!r}; expected a list")
-        kinds = [options[0]] * len(value) if options[-1] is ... else options
+        kinds = [options[0]] * len(value) if origin is list or options[-1] is ... else options
         _require(len(kinds) == len(value), f"{where} is {value!r}; expected {len(kinds)} values")
         pairs = zip(kinds, value, strict=True)
-        return tuple(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(pairs))
+        return origin(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(pairs))
     if origin is dict:
         _require(isinstance(value, Mapping), f"{where} is {value!r}; expected a mapping")
         return {_convert(options[0], k, where): _convert(options[1], v, f"{where}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     fits = value is None if hint is types.NoneType else isinstance(value, hint)
     _require(fits and (hint is bool or not isinstance(value, bool)), f"{where} is {value!r}; expected {hint.__name__}")
     return value
@@ -400,5 +506,6 @@ def _first_fit(options: tuple, value: Any, where: str) -> Any:
             last = error
     if len([o for o in options if o is not types.NoneType]) == 1:
         raise last
-    expected = " or ".join("None" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
+    kinds = ("None" if o is types.NoneType else o.__name__ if isinstance(o, type) else str(o) for o in options)
+    expected = " or ".join(kinds)
     raise ValueError(f"{where} is {value!r}; expected {expected}")

@@ -268,7 +268,8 @@ class _Window:
             if at % copy.dtype.itemsize:
                 source = source.clone()
             source = source.view(copy.dtype).as_strided(copy.sizes, copy.strides)
-            copy.target.as_strided(copy.sizes, copy.target_strides, copy.offset).copy_(source)
+            offset = copy.target.storage_offset() + copy.offset
+            copy.target.as_strided(copy.sizes, copy.target_strides, offset).copy_(source)
 
     def _fill_run(self, copy: Copy) -> None:
         target = copy.target[copy.offset : copy.offset + copy.sizes[0]]

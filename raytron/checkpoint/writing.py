@@ -22,7 +22,7 @@ from raytron.parallel.storage import Buffers, torch_dtype
 __all__ = ["Export", "Fill", "Sink", "Written", "export", "header", "write_export", "write_files"]
 
 _ALIGN = 16  # bytes; every staged tensor starts where any dtype may be viewed
-_BUCKET = 64 << 20
+_BUCKET = 256 << 20
 
 Fill = Callable[[Plan, Buffers], None]
 """Carries out this rank's part of a bucket: its moves into the given buffers (and what others need from it)."""

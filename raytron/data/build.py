@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from raytron.config import DataConfig
 from raytron.data.blend import SURPLUS, BlendedDataset, blend_sizes, normalize
@@ -149,6 +148,8 @@ def _save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 def _tokenizer_key(tokenizer: Tokenizer) -> str:
     if not isinstance(tokenizer, HFTokenizer):
         return f"{type(tokenizer).__name__}-{tokenizer.vocab_size}"
+    import xxhash
+
     digest = xxhash.xxh3_128()
     for name in sorted(tokenizer.files):
         digest.update(f"{name}\n".encode() + tokenizer.files[name])
@@ -157,6 +158,8 @@ def _tokenizer_key(tokenizer: Tokenizer) -> str:
 
 def _fingerprint(files: Sequence[Path], *settings: object) -> str:
     """A hash of the names and contents of `files`, and of what else the result depends on."""
+    import xxhash
+
     digest = xxhash.xxh3_128(json.dumps(settings).encode())
     for path in files:
         digest.update(f"\n{path.name}\n{path.stat().st_size}\n".encode())
@@ -206,6 +209,8 @@ def _tokenized(config: DataConfig, path: str, tokenizer: Tokenizer, cache: Path,
 
 def _scanned(prefix: str, cache: Path) -> _Source:
     """An indexed dataset of someone else's; its largest id is looked for once and remembered."""
+    import xxhash
+
     dataset = IndexedDataset(prefix)
     key = xxhash.xxh3_128(json.dumps(dataset.identity).encode()).hexdigest()
     record = cache / f"scan-{key}.json"

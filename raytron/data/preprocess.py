@@ -28,13 +28,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self
-
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from typing import TYPE_CHECKING, Self
 
 from raytron.data.corpus import Span, find_files, plan_spans, read_span, where
 from raytron.data.indexed import IndexedDatasetWriter, token_dtype
 from raytron.data.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PIECE_BYTES = 1 << 20
 _UNIT_BYTES = 8 << 20
@@ -166,6 +167,8 @@ def _worker_count(asked: int | None, spans: int, total: int) -> int:
 
 
 def _bar(total: int, visible: bool) -> Progress:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
     bar = Progress(
         TextColumn("preprocess"),
         BarColumn(),

@@ -7,6 +7,8 @@ transformers would rebuild some families from their vocabulary and lose what the
 Text is encoded without the special tokens a template would add (no BOS); the end-of-document id is added by
 `raytron.data.preprocess`, as Megatron does. A special token spelt out in the text becomes that token, as in
 transformers.
+
+The library itself is imported where it is used: what only reads tokens, such as an engine, runs without it.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+if TYPE_CHECKING:
+    import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
 _KIND = "raytron_tokenizer"  # in tokenizer_config.json: lets `load_tokenizer` give back the byte and null kinds
@@ -59,6 +61,8 @@ class HFTokenizer:
     """A Hugging Face fast tokenizer, held as the files of its directory (name -> bytes; `tokenizer.json` at least)."""
 
     def __init__(self, files: Mapping[str, bytes], origin: str = "tokenizer") -> None:
+        import tokenizers
+
         self.files = dict(files)
         try:
             self.backend = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
@@ -122,6 +126,9 @@ class ByteTokenizer(HFTokenizer):
     """256 bytes and an end-of-document id, 256: any UTF-8 text round-trips, nothing has to be trained."""
 
     def __init__(self) -> None:
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
         vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -176,6 +183,9 @@ class NullTokenizer:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write a word-level Hugging Face tokenizer with the same ids."""
+        import tokenizers
+        from tokenizers import models, pre_tokenizers
+
         words = {str(i): i for i in range(self.eod)}
         backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token=END_OF_TEXT))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -188,6 +198,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
 
     A small corpus may run out of pairs first, which gives a smaller vocabulary: read `vocab_size` of the result.
     """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
     if vocab_size < 257:
         raise ValueError(f"tokenizer 'bpe:{vocab_size}': 256 bytes and {END_OF_TEXT} need a vocabulary of at least 257")
     backend = tokenizers.Tokenizer(models.BPE())

@@ -9,11 +9,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from raytron.config import Typed
+
 __all__ = ["DecoderConfig", "RopeScaling"]
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Typed):
     """Llama 3.1's frequency scaling: long wavelengths slowed by `factor`, a smooth ramp between the two bounds."""
 
     factor: float = 8.0
@@ -23,11 +25,11 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(Typed):
     """A pre-norm decoder with rotary positions, RMSNorm, SwiGLU and grouped-query attention.
 
     Raises:
-        ValueError: sizes that do not fit together, naming the field.
+        ValueError: values of another type, or sizes that do not fit together; names the field.
     """
 
     family: str = "llama"
@@ -52,6 +54,7 @@ class DecoderConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model: {name} is {getattr(self, name)}; it must be at least 1")

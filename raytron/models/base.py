@@ -19,7 +19,8 @@ from raytron.config import ParallelConfig
 from raytron.parallel.collectives import World
 from raytron.parallel.layout import Layout, Piece, Place, Spec
 from raytron.parallel.mesh import Mesh
-from raytron.parallel.tensor import initialize_
+from raytron.parallel.tensor import ParallelLinear, initialize_
+from raytron.precision import linear
 
 __all__ = ["ShardedModel", "Slot", "chunk_layers"]
 
@@ -90,6 +91,9 @@ class ShardedModel(nn.Module):
         device = self.world.device if device is None else torch.device(device)
         with torch.device("meta"):
             self.chunks = nn.ModuleList(self.make_chunks(self.world))
+        for module in self.chunks.modules():
+            if isinstance(module, ParallelLinear):
+                module.product = linear
         self.prepare()
         self._flatten(dtype, device)
 

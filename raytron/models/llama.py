@@ -16,6 +16,10 @@ _SAME = [
     for f in fields(DecoderConfig)
     if f.name not in ("family", "qkv_bias", "qk_norm", "rope_theta", "rope_scaling")
 ]
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
 
 
 class Llama(Decoder):
@@ -25,33 +29,46 @@ class Llama(Decoder):
 def from_hf(config: Mapping[str, Any], **family: Any) -> DecoderConfig:
     """The architecture in a Hugging Face `config.json`.
 
-    Raises ValueError for what this family does not do (another activation, rope type, sliding windows).
+    Raises ValueError for what this family does not do (another activation, rope type, sliding windows), and for a
+    missing size: a default would be another model's.
     """
+    for name in _SIZES:
+        if config.get(name) is None:
+            raise ValueError(f"{name} is missing; a Hugging Face configuration of this family gives it")
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"config.json: rope type {kind!r} is not supported; default and llama3 are")
+        raise ValueError(f"rope type {kind!r} is not supported; default and llama3 are")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; silu is")
+        raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; silu is")
     if config.get("mlp_bias") or (config.get("attention_bias") and not family.get("qkv_bias")):
-        raise ValueError("config.json: attention_bias and mlp_bias are not supported for this family")
+        raise ValueError("attention_bias and mlp_bias are not supported for this family")
     if config.get("use_sliding_window"):
-        raise ValueError("config.json: use_sliding_window is not supported; full attention is")
+        raise ValueError("use_sliding_window is not supported; full attention is")
     known = {name: config[name] for name in _SAME if config.get(name) is not None}
     known.setdefault("num_key_value_heads", config["num_attention_heads"])
+    known.setdefault("rms_norm_eps", 1e-6)
     scaling = RopeScaling(**{k: rope[k] for k in asdict(RopeScaling()) if k in rope}) if kind == "llama3" else None
     theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     return DecoderConfig(**({"family": "llama"} | family), **known, rope_theta=theta, rope_scaling=scaling)
 
 
-def to_hf(arch: DecoderConfig, model_type: str = "llama", architecture: str = "LlamaForCausalLM") -> dict[str, Any]:
-    """`config.json` for `transformers`; rotary settings in the old and the new spelling."""
+def to_hf(
+    arch: DecoderConfig, model_type: str = "llama", architecture: str = "LlamaForCausalLM", **traits: bool
+) -> dict[str, Any]:
+    """`config.json` for `transformers`; rotary settings in the old and the new spelling.
+
+    Raises ValueError for a trait that `model_type` does not have there: it would be lost.
+    """
+    for name in ("qkv_bias", "qk_norm"):
+        if getattr(arch, name) != traits.get(name, False):
+            raise ValueError(f"model: {model_type} has {name} {traits.get(name, False)}, not {getattr(arch, name)}")
     scaling = {"rope_type": "llama3", **asdict(arch.rope_scaling)} if arch.rope_scaling else None
     return {
         "architectures": [architecture],
         "model_type": model_type,
         "hidden_act": "silu",
-        "attention_bias": arch.qkv_bias,
+        "attention_bias": False,
         **{name: getattr(arch, name) for name in _SAME if getattr(arch, name) is not None},
         "rope_theta": arch.rope_theta,
         "rope_scaling": scaling,

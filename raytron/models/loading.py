@@ -13,7 +13,7 @@ from raytron.config import ParallelConfig
 from raytron.models.base import ShardedModel
 from raytron.models.registry import FAMILIES, PRESETS, family_of
 from raytron.parallel.collectives import World
-from raytron.parallel.layout import only, plan, retype
+from raytron.parallel.layout import only, plan
 from raytron.parallel.transport import FileReader, file_layout, run
 
 __all__ = ["build", "from_pretrained", "load_weights", "read_arch"]
@@ -53,7 +53,7 @@ def read_arch(path: str | Path) -> Any:
     """The architecture in a Hugging Face directory's `config.json`.
 
     Raises:
-        ValueError: no such file, no JSON, or a model type no family reads.
+        ValueError: no such file, no JSON object, a model type no family reads, or fields it cannot use.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -62,10 +62,13 @@ def read_arch(path: str | Path) -> Any:
         config: Mapping[str, Any] = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: not valid JSON ({error}); download or save the model again") from None
-    kind = config.get("model_type")
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in FAMILIES:
         raise ValueError(f"{file}: model_type {kind!r} is not supported; families are {', '.join(FAMILIES)}")
-    return FAMILIES[kind].from_hf(config)
+    try:
+        return FAMILIES[kind].from_hf(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def from_pretrained(
@@ -90,9 +93,15 @@ def from_pretrained(
 
 
 def load_weights(model: ShardedModel, path: str | Path) -> None:
-    """Fill `model`'s weights from the safetensors files of a Hugging Face directory, casting to its dtype."""
+    """Fill `model`'s weights from the safetensors files of a Hugging Face directory, casting to its dtype.
+
+    Tensors the model has no place for (rotary buffers, the stored twin of a tied head) are passed over.
+    """
     files = file_layout(path)
     me = f"rank-{model.world.rank}"
-    target = only(model.layout(), places=[me])
-    moves = plan(files, retype(target, model.dtype_name))
-    run(moves, FileReader(path, {(me, "weights"): model.weights}))
+    try:
+        moves = plan(files, only(model.layout(), places=[me]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    with FileReader(path, {(me, "weights"): model.weights}) as reader:
+        run(moves, reader)

@@ -22,13 +22,14 @@ class Qwen(Decoder):
 def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """The architecture in a Hugging Face `config.json` of model type qwen2 or qwen3."""
     family = config["model_type"]
-    return llama.from_hf(config, family=family, **_TRAITS[family])
+    defaults = {"head_dim": 128} if family == "qwen3" else {}  # transformers', not hidden_size / heads
+    return llama.from_hf(defaults | dict(config), family=family, **_TRAITS[family])
 
 
 def to_hf(arch: DecoderConfig) -> dict[str, Any]:
     """`config.json` for `transformers`."""
-    config = llama.to_hf(arch, arch.family, _CLASSES[arch.family])
-    return config | {"use_sliding_window": False, "attention_bias": False}
+    config = llama.to_hf(arch, arch.family, _CLASSES[arch.family], **_TRAITS[arch.family])
+    return config | {"use_sliding_window": False}
 
 
 def _qwen(family: str, hidden: int, layers: int, heads: int, groups: int, ffn: int, **more: Any) -> DecoderConfig:

@@ -41,7 +41,7 @@ def family_of(arch: Any) -> Family:
 def resolve(config: ModelConfig) -> Any:
     """The architecture a run asks for: that of its directory or preset, with its overrides.
 
-    Raises ValueError for an unknown preset or field.
+    Raises ValueError for an unknown preset or field, and for a model its family cannot be saved as.
     """
     if config.path is not None:
         from raytron.models.loading import read_arch
@@ -51,4 +51,6 @@ def resolve(config: ModelConfig) -> Any:
         arch = PRESETS[config.preset]
     else:
         raise ValueError(f"model.preset {config.preset!r} is unknown; there are {', '.join(PRESETS)}")
-    return arch.replace(**config.overrides) if config.overrides else arch
+    arch = arch.replace(**config.overrides) if config.overrides else arch
+    arch.to_hf()  # a trait its family lacks fails here, not at the first checkpoint
+    return arch

@@ -112,13 +112,17 @@ class _Waiter:
 
     def __init__(self, name: str) -> None:
         self._queue: SimpleQueue = SimpleQueue()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def put(self, work: dist.Work, tensor: torch.Tensor, handle: _MessageHandle) -> None:
         self._queue.put((work, tensor, handle))
 
-    def close(self) -> None:
+    def close(self, abandon: bool) -> None:
+        """End the thread. Left running, it may free its last work while the interpreter exits, which aborts."""
         self._queue.put(None)
+        if not abandon:
+            self._thread.join()
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -127,6 +131,7 @@ class _Waiter:
                 work.wait()
             except RuntimeError as error:
                 handle.error = error
+            del work, _tensor, item
             handle.done.set()
 
 
@@ -217,13 +222,13 @@ class Axis:
         return self._handle(tensor, group.alltoall_base(parts, tensor, [], []), parts), parts.view(self.size, *shape)
 
     def all_to_all(self, tensor: torch.Tensor, sizes_in: list[int] | None = None, sizes_out: list[int] | None = None):
-        """Send `sizes_in[i]` rows to rank i, receive `sizes_out[i]` from it; by default equal shares of the first dim."""
+        """Send `sizes_in[i]` rows to rank i, receive `sizes_out[i]` from it; by default equal shares of dim 0."""
         if self.size == 1:
             return tensor
         tensor = tensor.contiguous()
         rows = tensor.shape[0] if sizes_out is None else sum(sizes_out)
         out = tensor.new_empty((rows, *tensor.shape[1:]))
-        work = self._group(tensor).alltoall_base(out, tensor, sizes_out or [], sizes_in or [])
+        work = self._group(tensor).alltoall_base(_bytes(out), _bytes(tensor), sizes_out or [], sizes_in or [])
         self._handle(tensor, work, out).wait()
         return out
 
@@ -248,9 +253,12 @@ class Axis:
         self.all_reduce_(torch.zeros(1))
 
     def _message(self, kind: str, tensor: torch.Tensor, peer: int) -> Handle:
-        work = getattr(self._group(tensor), kind)([_bytes(tensor)], peer, 0)
         if tensor.is_cuda:
-            return self._handle(tensor, work)
+            self._gate.check()
+            upwards = (self.index < peer) == (kind == "send")
+            group = self._groups["cuda-up" if upwards else "cuda-down"]
+            return self._handle(tensor, getattr(group, kind)([tensor], peer, 0))
+        work = getattr(self._group(tensor), kind)([_bytes(tensor)], peer, 0)
         if (kind, peer) not in self._waiters:
             self._waiters[kind, peer] = _Waiter(f"{self.name}-{kind}-{peer}")
         handle = _MessageHandle(self._gate)
@@ -259,7 +267,7 @@ class Axis:
 
     def close(self) -> None:
         for waiter in self._waiters.values():
-            waiter.close()
+            waiter.close(abandon=self._gate.reason is not None)
         if self._gate.reason is not None:
             _PARKED.append(dict(self._groups))
         self._groups.clear()
@@ -331,7 +339,8 @@ class World:
         # torchrun's agent already listens on the port (TORCHELASTIC_USE_AGENT_STORE); otherwise rank 0 does.
         master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         store = dist.TCPStore(address, port, size, master, timedelta(seconds=timeout), multi_tenant=True)
-        prefix = os.environ.get("TORCHELASTIC_RUN_ID", "gen0")
+        # A restarted attempt meets in the same store, where the last one's keys still are.
+        prefix = "/".join(os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RUN_ID", "RESTART_COUNT"))
         return cls(mesh, rank, store, device=device, timeout=timeout, prefix=prefix)
 
     def axis(self, name: str) -> Axis:
@@ -361,17 +370,21 @@ class World:
         }
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = self._timeout
-            groups["cuda"] = dist.ProcessGroupNCCL(dist.PrefixStore(f"{line}/nccl", self._store), *place, options)
+            # NCCL runs both directions of a pair of ranks on one stream, so a receive posted ahead on both sides would
+            # block both: messages up and down the axis get a communicator each.
+            for kind in ("cuda", "cuda-up", "cuda-down"):
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = self._timeout
+                groups[kind] = dist.ProcessGroupNCCL(dist.PrefixStore(f"{line}/{kind}", self._store), *place, options)
         return groups
 
     def give_up(self, reason: str) -> None:
         """Release this rank from every wait, now and from now on: they raise `GaveUp`. Callable from any thread."""
         self._gate.reason = reason
-        for axis in self._axes.values():
-            if "cuda" in axis._groups:
-                axis._groups["cuda"].abort()
+        for axis in list(self._axes.values()):  # another thread may be connecting one
+            for kind, group in axis._groups.items():
+                if kind != "cpu":
+                    group.abort()
 
     def close(self) -> None:
         """Leave the groups. Those with an operation in flight are parked, since freeing them would block."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ from raytron.parallel.weight_grad import WeightGradQueue
 
 __all__ = [
     "ColumnParallelLinear",
+    "ParallelLinear",
     "Part",
     "Replicated",
     "RowParallelLinear",
@@ -39,6 +40,8 @@ __all__ = [
     "parameter",
     "vocab_parallel_cross_entropy",
 ]
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -136,38 +139,47 @@ class _DeferredLinear(torch.autograd.Function):
     """y = x W^T + b in x's dtype, whose weight gradient may be left for later (zero bubble, Qi et al. 2023)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, queue):
+    def forward(ctx, x, weight, bias, queue, product):
         low = weight.to(x.dtype)  # no copy unless autocast keeps the weight wider
         ctx.save_for_backward(x, low)
-        ctx.params, ctx.queue = (weight, bias), queue
-        return F.linear(x, low, None if bias is None else bias.to(x.dtype))
+        ctx.params, ctx.queue, ctx.product = (weight, bias), queue, product
+        return product(x, low, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         x, low = ctx.saved_tensors
-        grad_x = grad @ low if ctx.needs_input_grad[0] else None
+        params, product = ctx.params, ctx.product
+        grad_x = product(grad, low.mT) if ctx.needs_input_grad[0] else None
+        if not params[0].requires_grad:
+            return grad_x, None, None, None, None
         if ctx.queue.active:
-            ctx.queue.push(lambda: _accumulate(ctx.params, x, grad))
-            return grad_x, None, None, None
-        return grad_x, *_weight_grads(ctx.params, x, grad), None
+            ctx.queue.push(lambda: _accumulate(params, x, grad, product))
+            return grad_x, None, None, None, None
+        return grad_x, *_weight_grads(params, x, grad, product), None, None
 
 
-def _weight_grads(params: tuple[nn.Parameter, nn.Parameter | None], x: Tensor, grad: Tensor) -> tuple:
+def _weight_grads(params: tuple[nn.Parameter, nn.Parameter | None], x: Tensor, grad: Tensor, product: Product) -> tuple:
     weight, bias = params
-    return (grad.mT @ x).to(weight.dtype), None if bias is None else grad.sum(0, dtype=bias.dtype)
+    grad_weight = product(grad.mT, x.mT).to(weight.dtype)
+    return grad_weight, None if bias is None else grad.sum(0, dtype=bias.dtype)
 
 
-def _accumulate(params: tuple[nn.Parameter, nn.Parameter | None], x: Tensor, grad: Tensor) -> None:
+def _accumulate(params: tuple[nn.Parameter, nn.Parameter | None], x: Tensor, grad: Tensor, product: Product) -> None:
     """What autograd's accumulation would have done, the engine's hook on a parameter (`after_accumulate`) included."""
-    for param, value in zip(params, _weight_grads(params, x, grad), strict=True):
+    for param, value in zip(params, _weight_grads(params, x, grad, product), strict=True):
         if value is not None:
             param.grad = value if param.grad is None else param.grad.add_(value)
             if (hook := getattr(param, "after_accumulate", None)) is not None:
                 hook(param)
 
 
-class _ParallelLinear(nn.Module):
-    """What column and row share: the tp line, sequence parallelism, and the seam for deferred weight gradients."""
+class ParallelLinear(nn.Module):
+    """What column and row share: the tp line, sequence parallelism, and two seams.
+
+    Attributes:
+        product: (x, weight, bias) -> x W^T + b; the seam where another number format comes in.
+        queue: where weight gradients wait that a zero-bubble schedule computes later; None computes them at once.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -176,16 +188,17 @@ class _ParallelLinear(nn.Module):
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
         self.queue: WeightGradQueue | None = None
+        self.product: Product = F.linear
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.queue is None:
-            return F.linear(x, self.weight, bias)
+            return self.product(x, self.weight, bias)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _DeferredLinear.apply(x, self.weight, bias, self.queue)
+        return _DeferredLinear.apply(x, self.weight, bias, self.queue, self.product)
 
 
-class ColumnParallelLinear(_ParallelLinear):
+class ColumnParallelLinear(ParallelLinear):
     """Several linear maps of one input, stacked, each cut by output rows over tp.
 
     Args:
@@ -256,7 +269,7 @@ class Cut:
         return cls(name, total, tp.index // replicas * unit, unit, replicas, tp.index % replicas)
 
 
-class RowParallelLinear(_ParallelLinear):
+class RowParallelLinear(ParallelLinear):
     """A linear map cut by input columns over tp; the partial products are summed.
 
     Forward: x_TFt -> y_TD, under sequence parallelism this rank's share of the tokens.
@@ -310,7 +323,7 @@ class VocabParallelEmbedding(nn.Module):
         return collectives.scatter_rows(x, self.tp) if self.sequence_parallel else collectives.reduce(x, self.tp)
 
 
-class VocabParallelHead(_ParallelLinear):
+class VocabParallelHead(ParallelLinear):
     """The output projection cut by vocabulary rows over tp; give `tied` to share an embedding's weight.
 
     Forward: x_TD -> logits_TVt, the padding columns cut off (a rank may hold none).
@@ -336,6 +349,25 @@ class VocabParallelHead(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         enter = collectives.gather_rows if self.sequence_parallel else collectives.copy
         return self.linear(enter(x, self.tp), None)[..., : self.real]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[label] from kept log-probabilities: no dense gradient of the picked entries is made."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        half = logits.dtype in (torch.bfloat16, torch.float16)
+        logs = torch.log_softmax(logits, -1, dtype=torch.float32 if half else None)
+        ctx.save_for_backward(logs, labels)
+        ctx.dtype = logits.dtype
+        return -logs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        logs, labels = ctx.saved_tensors
+        grad_logits = logs.exp().mul_(grad.unsqueeze(-1))
+        grad_logits.scatter_add_(-1, labels.unsqueeze(-1), -grad.unsqueeze(-1))
+        return grad_logits.to(ctx.dtype), None
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -374,6 +406,5 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, start: int, tp:
     Returns: [T], the same on every tp rank.
     """
     if tp.size == 1:
-        wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        return F.cross_entropy(wide, labels, reduction="none")
+        return _CrossEntropy.apply(logits, labels)
     return _VocabParallelCrossEntropy.apply(logits, labels, start, tp)

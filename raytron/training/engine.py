@@ -31,7 +31,7 @@ from raytron.parallel.data import GradientReducer, buckets, shard_intervals
 from raytron.parallel.layout import Layout, Place, cut
 from raytron.parallel.pipeline import Pipeline
 from raytron.parallel.schedules import schedule as pipeline_schedule
-from raytron.parallel.tensor import _ParallelLinear
+from raytron.parallel.tensor import ParallelLinear
 from raytron.parallel.weight_grad import WeightGradQueue
 from raytron.training.guard import Culprit, Guard, find_culprit
 from raytron.training.losses import next_token_loss
@@ -203,7 +203,7 @@ class TrainEngine:
         plan = pipeline_schedule(parallel.schedule, axis.size, self.micro_batches, parallel.virtual_stages)
         queue = WeightGradQueue() if parallel.schedule == "zero-bubble" else None
         for module in self.model.modules():
-            if isinstance(module, _ParallelLinear):
+            if isinstance(module, ParallelLinear):
                 module.queue = queue
         return Pipeline(axis, plan, device=self.world.device, weight_grads=queue)
 

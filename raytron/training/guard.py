@@ -105,6 +105,8 @@ def _first_bad(model: ShardedModel, grads: Tensor) -> tuple[int, str]:
     for i, chunk in enumerate(model.chunks):
         position = (i * stages + model.world.coords.pp) * 10_000
         for j, param in enumerate(chunk.parameters()):
+            if not param.parts:  # a vocabulary's share that is all padding
+                continue
             slot = params[param]
             grad = grads[slot.offset : slot.offset + slot.numel]
             if not torch.isfinite(param).all():

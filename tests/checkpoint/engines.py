@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 
 import torch
 
@@ -23,6 +24,10 @@ ARCHS = {
     "tied": DecoderConfig(
         family="qwen3", vocab_size=19, hidden_size=24, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=1, head_dim=8, max_position_embeddings=32, tie_word_embeddings=True, qk_norm=True,
+    ),
+    "tiny": DecoderConfig(
+        vocab_size=11, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32,
     ),
 }  # fmt: skip
 
@@ -47,12 +52,19 @@ def canonical(name: str, kind: str, seed: int, layout: Layout, dtype: torch.dtyp
     return torch.randn(layout.tensors[name].shape, generator=generator).to(dtype)
 
 
+@lru_cache(maxsize=16)  # of the engines a test is working with
+def layouts(engine: TrainEngine) -> tuple[Layout, Layout]:
+    """Of this rank's weights and of its optimizer buffers."""
+    place = [f"rank-{engine.world.rank}"]
+    return only(engine.model.layout(), places=place), only(engine.optimizer_layout(), places=place)
+
+
 def parts(engine: TrainEngine):
     """(kind, layout of this rank's part, flat buffer) of all that is saved."""
-    place = [f"rank-{engine.world.rank}"]
-    yield "weights", only(engine.model.layout(), places=place), engine.model.weights
+    weights, optimizer = layouts(engine)
+    yield "weights", weights, engine.model.weights
     for name, buffer in engine.optimizer.items():
-        yield name, only(engine.optimizer_layout(), places=place), buffer
+        yield name, optimizer, buffer
 
 
 def views(layout: Layout, flat: torch.Tensor):

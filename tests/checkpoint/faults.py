@@ -12,14 +12,14 @@ class Crash(BaseException):
 
 
 class Fuse:
-    """Counts operations and crashes at number `at` (None: never)."""
+    """Counts operations; from number `at` on (None: never) none is carried out, also not while unwinding."""
 
     def __init__(self, at: int | None = None) -> None:
         self.at, self.count = at, 0
 
     def blown(self) -> bool:
         self.count += 1
-        return self.count - 1 == self.at
+        return self.at is not None and self.count > self.at
 
     def burn(self) -> None:
         if self.blown():
@@ -32,8 +32,8 @@ class _Writer:
 
     def write(self, view) -> None:
         if self._fuse.blown():
-            self._file.write(view[: len(view) // 2])
-            self._file.close()
+            if self._fuse.count == self._fuse.at + 1:
+                self._file.write(view[: len(view) // 2])
             raise Crash
         self._file.write(view)
 

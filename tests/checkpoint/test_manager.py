@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import threading
 
@@ -12,6 +13,7 @@ import torch
 
 from raytron.checkpoint import CheckpointManager, DamagedFile, Storage
 from raytron.checkpoint.manager import _Snapshot
+from raytron.checkpoint.manifest import complete
 from raytron.data.tokenizer import ByteTokenizer
 from raytron.models import from_pretrained
 from raytron.parallel.mesh import Mesh
@@ -20,13 +22,12 @@ from tests.checkpoint.faults import Crash, Fuse, GatedStorage, mortal
 from tests.checkpoint.test_huggingface import largest_file
 
 
-def save(location, *seeds, **options):
-    """Checkpoints of these seeds, one engine."""
-    manager, engine = CheckpointManager(location, **options), make()
+def save(location, *seeds, arch="untied", **options):
+    """Checkpoints of these seeds, by one engine."""
+    manager, engine = CheckpointManager(location, **options), make(arch=arch)
     for seed in seeds:
         fill(engine, seed)
         assert manager.save(engine).result().error is None
-    manager.close()
     return manager
 
 
@@ -83,28 +84,26 @@ def _engine(world, layout, arch, seed=0):
 
 
 def _save(world, location, layout, arch, seed, asynchronous):
+    """Save, then load on the same layout."""
     manager = CheckpointManager(location, asynchronous=asynchronous, shard_mb=0.01)
-    saved = manager.save(_engine(world, layout, arch, seed)).result()
-    return saved.error
+    assert manager.save(_engine(world, layout, arch, seed)).result().error is None
+    return _load(world, location, layout, arch, seed)
 
 
 def _load(world, location, layout, arch, seed):
     engine = _engine(world, layout, arch)
-    record = CheckpointManager(location).load(engine)
-    return (record, differences(engine, seed))
+    return CheckpointManager(location).load(engine)["step"], differences(engine, seed)
 
 
 @pytest.mark.parametrize("arch", ["untied", "tied"])
 def test_every_layout_loads_every_other(ranks, tmp_path, arch):
     """TP, PP, virtual stages, DP, ZeRO: each saves, and the next one round (and itself) reads it to the bit."""
     layouts = [layout for layout in LAYOUTS if arch == "untied" or "virtual_stages" not in layout]
-    for i, layout in enumerate(layouts):
-        location = str(tmp_path / str(i))
-        assert set(ranks.run(_save, Mesh(**layout["axes"]), location, layout, arch, i + 1, i % 2 == 0)) == {None}
-        for other in (layout, layouts[i - 1]):
-            for record, wrong in ranks.run(_load, Mesh(**other["axes"]), location, other, arch, i + 1):
-                assert record["step"] == i + 1
-                assert wrong == []
+    for i, (layout, other) in enumerate(zip(layouts, [*layouts[1:], layouts[0]], strict=True)):
+        step, location = i + 1, str(tmp_path / str(i))
+        answers = ranks.run(_save, Mesh(**layout["axes"]), location, layout, arch, step, i % 2 == 0)
+        answers += ranks.run(_load, Mesh(**other["axes"]), location, other, arch, step)
+        assert answers == [(step, [])] * len(answers)
 
 
 def test_replicas_write_nothing_twice(ranks, tmp_path):
@@ -115,39 +114,35 @@ def test_replicas_write_nothing_twice(ranks, tmp_path):
         files = Storage.open(tmp_path / str(zero) / "step_00000001" / "state").files()
         shards = [n for path, n in files.items() if path.endswith(".safetensors")]
         assert len(shards) == (4 if zero else 1)
-        elements = make(parallel=None) if False else _elements()
-        assert sum(shards) < 3 * 4 * elements * 1.1 + 4096
-
-
-def _elements() -> int:
-    return make().model.weights.numel()
+        three_buffers = 3 * 4 * make().model.weights.numel()  # both moments and masters in fp32
+        assert three_buffers <= sum(shards) < 1.2 * three_buffers
 
 
 # Crashes
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_crash_at_any_operation_leaves_the_old_or_the_new(location, again):
+def test_a_crash_at_any_operation_leaves_the_old_or_the_new(tmp_path, location, again):
     """Also when the step being saved has a checkpoint already (which local storage replaces, remote storage first
     takes away, so there the one before it counts)."""
-    storage, at, survivors = Storage.open(location), 0, set()
-    crashed = True
+    storage, at, survivors, crashed = Storage.open(location), 0, set(), True
+    save(tmp_path / "before", 1, 2, arch="tiny")
+    engine, fresh, later = make(arch="tiny", seed=9), make(arch="tiny"), make(arch="tiny", seed=4)
+    engine.record = engine.record | {"step": 2 if again else 3}
     while crashed:
-        storage.delete("")
-        save(location, 1, 2)
-        engine, fuse = make(seed=9), Fuse(at)
-        engine.record = engine.record | {"step": 2 if again else 3}
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        shutil.copytree(tmp_path / "before", tmp_path / "runs")
         try:
-            CheckpointManager(mortal(storage, fuse), asynchronous=False, keep=2).save(engine)
+            CheckpointManager(mortal(storage, Fuse(at)), asynchronous=False, keep=2).save(engine)
             crashed = False
         except Crash:
             at += 1
-        record, fresh = load(location)
+        record = CheckpointManager(location).load(fresh)
         content = next(seed for seed in (9, 2, 1) if not differences(fresh, seed))
         assert record["step"] == {9: engine.record["step"], 2: 2, 1: 1}[content]
         survivors.add(content)
-        assert save(location, 4).list()[0] == "step_00000004"
-        assert not [name for name in storage.folders() if name.startswith(".")]
+        assert CheckpointManager(location).save(later).result().ok
+        assert set(storage.folders()) == set(complete(storage)) > {"step_00000004"}
     assert at > 30
     assert survivors == ({9, 2, 1} if again and not storage.renames else {9, 2})
 
@@ -174,21 +169,21 @@ PATHS = ["model/model.safetensors", "model/config.json", "state/shard-00000.safe
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over(location, caplog, path, damage):
     """Resume takes the one before it and says which file was wrong; with none left, it refuses."""
-    save(location, 1, 2)
+    save(location, 1, 2, arch="tiny")
     storage = Storage.open(location)
     DAMAGE[damage](storage / "step_00000002", path)
     with caplog.at_level(logging.WARNING):
-        record, engine = load(location)
+        record, engine = load(location, arch="tiny")
     assert record["step"] == 1
     assert differences(engine, 1) == []
     if (path, damage) != ("manifest.json", "missing"):  # then it is no checkpoint
         assert f"step_00000002/{path}" in caplog.text
     DAMAGE[damage](storage / "step_00000001", path)
     if (path, damage) == ("manifest.json", "missing"):
-        assert load(location)[0] is None
+        assert load(location, arch="tiny")[0] is None
     else:
         with pytest.raises(DamagedFile, match=f"every checkpoint is damaged.*{path}"):
-            load(location)
+            load(location, arch="tiny")
 
 
 @pytest.mark.parametrize("position", [0, 9, 30, 200, 700])
@@ -231,7 +226,8 @@ def test_all_ranks_fall_back_together(ranks, tmp_path, mesh):
     """Whichever file is damaged and whoever reads it, on the layout that wrote it and on others."""
     assert set(ranks.run(_save_two, Mesh(tp=2, pp=2), str(tmp_path))) == {None}
     newest = Storage.open(tmp_path / "step_00000002")
-    for path in ("model/model-00003-of-00005.safetensors", "state/shard-00002.safetensors", "model/config.json"):
+    model = sorted(path for path in newest.files() if path.startswith("model/model-"))
+    for path in (model[2], "state/shard-00002.safetensors", "model/config.json"):
         data = newest.read(path)
         newest.write(path, _flipped(data))
         assert ranks.run(_load_damaged, mesh, str(tmp_path)) == [(1, [])] * mesh.size

@@ -16,12 +16,15 @@ from raytron.models.layers.norm import RMSNorm
 from raytron.models.layers.rotary import rotate
 from raytron.parallel.collectives import Axis
 from raytron.parallel.tensor import ColumnParallelLinear, Cut, RowParallelLinear
+from raytron.precision import native_bf16
 
 __all__ = ["Attention", "CoreAttention", "Sequences"]
 
-# Up to this length plain matrix products beat scaled_dot_product_attention on a CPU, forward and backward: the scores
-# of one micro-batch still fit the cache hierarchy, and gradients need no recomputation.
+# Up to this length plain matrix products beat scaled_dot_product_attention on a CPU, forward and backward: the kept
+# weights of one layer stay small, and the backward need not compute them again.
 LONGEST_MATH = 1024
+QUERY_BLOCKS = 4  # runs of queries that see only the keys up to their own end: 5/8 of the whole square
+SMALLEST_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class CoreAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None) -> Tensor:
         if q.is_cuda or q.shape[1] > LONGEST_MATH:
             return self._fused(q, k, v, blocked)
-        return self._math(q, k, v, blocked)
+        return _CausalAttention.apply(q, k, v, blocked)
 
     @staticmethod
     def _fused(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None) -> Tensor:
@@ -54,25 +57,81 @@ class CoreAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
 
+
+class _CausalAttention(torch.autograd.Function):
+    """Attention as matrix products over runs of queries, the softmax weights kept for the backward.
+
+    Query rows are ordered (position, head of the group), so that a run of positions is a run of rows and the heads of a
+    group share one product with their key. Rows: G = B * K groups of S * R.
+    """
+
     @staticmethod
-    def _math(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None) -> Tensor:
-        B, S, N, d = q.shape
-        K = k.shape[2]
-        R = N // K
-        q_BKRSd = q.view(B, S, K, R, d).permute(0, 2, 3, 1, 4) * d**-0.5
-        k_BKdS, v_BKSd = k.permute(0, 2, 3, 1), v.transpose(1, 2)
-        scores = (q_BKRSd.reshape(B * K, R * S, d) @ k_BKdS.reshape(B * K, d, S)).view(B, K, R, S, S)
-        if blocked is None:
-            blocked = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
-        else:
-            blocked = blocked.unsqueeze(1)
-        weights = scores.masked_fill(blocked, -torch.inf).softmax(-1, dtype=_softmax_dtype(scores)).to(v.dtype)
-        out = weights.view(B * K, R * S, S) @ v_BKSd.reshape(B * K, S, d)
-        return out.view(B, K, R, S, d).permute(0, 3, 1, 2, 4).reshape(B, S, N, d)
+    def forward(ctx, q_BSNd, k_BSKd, v_BSKd, blocked):
+        B, S, N, d = q_BSNd.shape
+        K = k_BSKd.shape[2]
+        wide = _product_dtype(q_BSNd.dtype)
+        q, k, v = _rows(q_BSNd, K, wide), _rows(k_BSKd, K, wide), _rows(v_BSKd, K, wide)
+        weights, out = [], torch.empty_like(q)
+        for start, stop in _runs(S):
+            run = slice(start * (N // K), stop * (N // K))
+            scores = torch.baddbmm(q.new_empty(()), q[:, run], k[:, :stop].mT, beta=0, alpha=d**-0.5)
+            _forbid(scores, start, stop, blocked, (B, K, N // K))
+            weights.append(scores.softmax(-1, dtype=_softmax_dtype(wide)).to(wide))
+            out[:, run] = weights[-1] @ v[:, :stop]
+        ctx.save_for_backward(q, k, v, *weights)
+        ctx.dtypes = q_BSNd.dtype, (B, S, N, d)
+        return _unrows(out, B, S, q_BSNd.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_BSNd):
+        q, k, v, *weights = ctx.saved_tensors
+        dtype, (B, S, N, d) = ctx.dtypes
+        K = k.shape[0] // B
+        grad = _rows(grad_BSNd, K, q.dtype)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (start, stop), weight in zip(_runs(S), weights, strict=True):
+            run = slice(start * (N // K), stop * (N // K))
+            grad_v[:, :stop].baddbmm_(weight.mT, grad[:, run])
+            grad_scores = torch._softmax_backward_data(grad[:, run] @ v[:, :stop].mT, weight, -1, weight.dtype)
+            grad_q[:, run] = torch.baddbmm(q.new_empty(()), grad_scores, k[:, :stop], beta=0, alpha=d**-0.5)
+            grad_k[:, :stop].baddbmm_(grad_scores.mT, q[:, run], alpha=d**-0.5)
+        return *(_unrows(x, B, S, dtype) for x in (grad_q, grad_k, grad_v)), None
 
 
-def _softmax_dtype(scores: Tensor) -> torch.dtype:
-    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+def _runs(length: int) -> list[tuple[int, int]]:
+    step = max(SMALLEST_BLOCK, -(-length // QUERY_BLOCKS))
+    return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _rows(x_BSNd: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """[B, S, K * R, d] -> [B * K, S * R, d], contiguous."""
+    B, S, N, d = x_BSNd.shape
+    return x_BSNd.view(B, S, groups, N // groups, d).transpose(1, 2).reshape(B * groups, -1, d).to(dtype).contiguous()
+
+
+def _unrows(x_GRd: Tensor, batch: int, length: int, dtype: torch.dtype) -> Tensor:
+    """[B * K, S * R, d] -> [B, S, K * R, d]."""
+    groups, d = x_GRd.shape[0] // batch, x_GRd.shape[-1]
+    return x_GRd.view(batch, groups, length, -1, d).transpose(1, 2).reshape(batch, length, -1, d).to(dtype)
+
+
+def _forbid(scores: Tensor, start: int, stop: int, blocked: Tensor | None, sizes: tuple[int, int, int]) -> None:
+    """Set to -inf, in place, what queries [start, stop) may not see of keys [0, stop)."""
+    B, K, R = sizes
+    view = scores.view(B, K, stop - start, R, stop)
+    if blocked is not None:
+        view.masked_fill_(blocked[:, :, start:stop, None, :stop], -torch.inf)
+        return
+    future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=scores.device).triu(1)
+    view[..., start:].masked_fill_(future[:, None, :], -torch.inf)
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.bfloat16 and not native_bf16() else dtype
+
+
+def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Attention(nn.Module):

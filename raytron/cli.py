@@ -1,0 +1,320 @@
+"""The `raytron` command: what one does to data and models around a run. Runs themselves are recipes.
+
+Every command is a light dataclass, its fields the command line and `run` the work, so that parsing needs tyro alone and
+`--help` is instant; torch, numpy and ray are imported by the work. Click and argparse would say every option twice,
+once for the command line and once for the function behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, PositionalMetavarFromFieldName
+
+from raytron.config import DataConfig, report_error
+
+if TYPE_CHECKING:
+    from raytron.data import BlendedDataset, GPTDataset, MicroBatch, Tokenizer
+    from raytron.models.base import ShardedModel
+
+__all__ = ["Convert", "Eval", "Models", "Preprocess", "main"]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Turn text into token files, PREFIX.bin and PREFIX.idx in Megatron's format, on all cores."""
+
+    inputs: Positional[tuple[str, ...]]
+    """.txt, .md, .jsonl or .parquet files, or folders of them."""
+    output: str
+    """PREFIX of the files to write; the tokenizer is kept beside them, in PREFIX-tokenizer."""
+    tokenizer: str
+    """byte | null:VOCAB | bpe:VOCAB (trained on the text) | a Hugging Face directory or tokenizer.json."""
+    json_key: str = "text"
+    """Key of a JSONL line, or column of a Parquet file, that holds the text."""
+    text_documents: Literal["file", "paragraph", "line"] = "file"
+    """What is one document in a text file."""
+    no_eod: bool = False
+    """Don't append the end-of-document token to documents."""
+    workers: int | None = None
+    """Tokenising processes; by default one per core, fewer for little text."""
+    quiet: bool = False
+    """Show no progress bar."""
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise ValueError("no INPUTS; name text, JSONL or Parquet files, or folders of them")
+
+    def run(self) -> None:
+        """Write the files and say what is in them."""
+        from raytron.data import preprocess
+
+        tokenizer = self._tokenizer()
+        summary = preprocess(
+            self.inputs,
+            self.output,
+            tokenizer,
+            json_key=self.json_key,
+            workers=self.workers,
+            append_eod=not self.no_eod,
+            progress=not self.quiet,
+            text_documents=self.text_documents,
+        )
+        tokenizer.save(f"{self.output}-tokenizer")
+        skipped = f" ({summary.empty_documents:,} empty ones skipped)" if summary.empty_documents else ""
+        print(
+            f"{summary.documents:,} documents{skipped}, {summary.tokens:,} tokens of a vocabulary of "
+            f"{summary.vocab_size:,}, from {summary.bytes_read / 1e6:,.1f} MB in {summary.seconds:.1f} s\n"
+            f"use with: --data.path {self.output} --data.tokenizer {self.output}-tokenizer"
+        )
+
+    def _tokenizer(self) -> Tokenizer:
+        from raytron.data import load_tokenizer, train_bpe
+        from raytron.data.build import _BPE_BYTES_PER_ENTRY, _texts
+        from raytron.data.corpus import find_files
+        from raytron.data.tokenizer import vocabulary_of
+
+        if not self.tokenizer.startswith("bpe:"):
+            return load_tokenizer(self.tokenizer)
+        size = vocabulary_of(self.tokenizer)
+        return train_bpe(_texts(find_files(self.inputs), self.json_key, size * _BPE_BYTES_PER_ENTRY), size)
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the presets that `--model.preset` takes, with what is in them."""
+
+    json: bool = False
+    """Print JSON, one list, instead of a table."""
+
+    def run(self) -> None:
+        """Print the presets."""
+        from raytron.models import PRESETS
+
+        rows = [_preset(name, arch) for name, arch in PRESETS.items()]
+        print(json.dumps(rows, indent=2)) if self.json else _print_table(rows)
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Copy a Hugging Face model with another dtype or other file sizes, streaming; everything else stays as it is."""
+
+    source: Positional[str]
+    """Hugging Face directory, checkpoint (.../step_00000100) or run (runs/NAME: its newest checkpoint)."""
+    target: Positional[str]
+    """Directory to write; appears when it is whole."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of the stored weights; by default as they are."""
+    shard_mb: float = 5000.0
+    """Largest size of one file, in MB."""
+
+    def run(self) -> None:
+        """Write the target and say what it weighs."""
+        from raytron.checkpoint import Storage, convert
+
+        dtype = None if self.dtype is None else _torch_dtype(self.dtype)
+        convert(model_directory(self.source), self.target, dtype=dtype, shard_mb=self.shard_mb)
+        sizes = [n for path, n in Storage.open(self.target).files().items() if path.endswith(".safetensors")]
+        print(f"{self.target}: {sum(sizes) / 1e6:,.1f} MB in {len(sizes)} weight file{'s' * (len(sizes) != 1)}")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure a model's loss on text it was not trained on: nats per token, and perplexity. One process."""
+
+    model: Positional[str]
+    """Hugging Face directory, checkpoint (.../step_00000100) or run (runs/NAME: its newest checkpoint)."""
+    data: Positional[str]
+    """Text, JSONL, Parquet, a folder of them, or the prefix of a .bin/.idx pair."""
+    tokenizer: str | None = None
+    """byte | null:VOCAB | a Hugging Face directory or tokenizer.json; by default the model's own."""
+    split: str = "0,1,0"
+    """Weights of the train, validation and test parts; the validation part is evaluated, by default everything."""
+    samples: int | None = None
+    """How many samples to evaluate, by default each one once. With the split, sequence length and seed of a run, and
+    its evaluation.batches x global_batch_size samples, the result is the run's own held-out loss."""
+    sequence_length: int = 1024
+    """Tokens of a sample."""
+    batch_size: int = 4
+    """Samples to run at a time."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """To compute in."""
+    seed: int = 1234
+    """Of the order of the samples."""
+    json_key: str = "text"
+    """Key of a JSONL line, or column of a Parquet file, that holds the text."""
+    document_mask: bool = False
+    """Attention does not cross documents."""
+    cache_path: str | None = None
+    """Where tokenised text is kept for the next time; by default RAYTRON_CACHE, or nowhere."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+
+    def run(self) -> None:
+        """Print loss, perplexity and the number of tokens."""
+        from raytron.models import from_pretrained, read_arch
+        from raytron.parallel.collectives import World
+
+        directory = model_directory(self.model)
+        arch = read_arch(directory)
+        arch.check_sequence(self.sequence_length)
+        with self._dataset(directory, arch.vocab_size) as dataset:
+            model = from_pretrained(directory, World.single(_device()), _torch_dtype(self.dtype))
+            samples = min(self.samples or len(dataset), len(dataset))
+            loss, tokens = _loss(model, _batches(dataset, samples, self.batch_size))
+        found = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}
+        if self.json:
+            print(json.dumps({"model": directory, "data": self.data, **found}))
+        else:
+            print(f"loss {loss:.4f} nats per token, perplexity {found['perplexity']:,.2f}, {tokens:,} tokens")
+
+    @contextmanager
+    def _dataset(self, directory: str, vocab_size: int) -> Iterator[GPTDataset | BlendedDataset]:
+        from raytron.data import build_datasets, prepare
+
+        config = DataConfig(
+            path=self.data,
+            tokenizer=self.tokenizer or directory,
+            sequence_length=self.sequence_length,
+            split=self.split,
+            seed=self.seed,
+            json_key=self.json_key,
+            document_mask=self.document_mask,
+        )
+        if config.tokenizer.startswith("bpe:"):
+            raise ValueError(f"tokenizer {config.tokenizer!r} would be a new one; name the one the model knows")
+        with tempfile.TemporaryDirectory() as nowhere:
+            cache = self.cache_path or os.environ.get("RAYTRON_CACHE") or nowhere
+            prepared = prepare(config, cache, progress=not self.json)
+            if prepared.vocab_size > vocab_size:
+                raise ValueError(
+                    f"tokenizer {config.tokenizer} has {prepared.vocab_size} entries and the model's vocab_size is "
+                    f"{vocab_size}; name the one the model knows"
+                )
+            yield build_datasets(config, prepared, 0, self.samples)[1]
+
+
+COMMANDS = {"preprocess": Preprocess, "models": Models, "convert": Convert, "eval": Eval}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line `args`, by default the process's own, on which errors are one line (see `report_error`)."""
+    if args is None:
+        sys.excepthook = report_error
+    if (sys.argv[1:] if args is None else args) == ["--version"]:
+        print(f"raytron {version('raytron')}")
+        return
+    tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="raytron",
+        description="Data and models around a run. (To train, run a recipe: python recipes/quickstart.py --help.)\n"
+        "raytron COMMAND --help says more; RAYTRON_DEBUG=1 shows where an error came from; raytron --version.",
+        args=args,
+        config=(PositionalMetavarFromFieldName, FlagCreatePairsOff),
+    ).run()
+
+
+def model_directory(path: str) -> str:
+    """The Hugging Face directory that is meant: `path`, a checkpoint's model, or that of a run's newest checkpoint.
+
+    Raises ValueError if there is none.
+    """
+    from raytron.checkpoint import CheckpointManager
+
+    if "://" in path:
+        return path
+    runs = (CheckpointManager(folder).latest() for folder in (path, f"{path}/checkpoints"))
+    for folder in (path, f"{path}/model", *(f"{latest}/model" for latest in runs if latest)):
+        if any(Path(folder, f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+            return folder
+    raise ValueError(f"{path}: no model; give a Hugging Face directory, a checkpoint, or a run that has saved one")
+
+
+def _preset(name: str, arch: Any) -> dict[str, Any]:
+    from raytron.models import build
+
+    return {
+        "preset": name,
+        "parameters": build(arch, device="meta").num_parameters(),
+        "layers": arch.num_hidden_layers,
+        "hidden": arch.hidden_size,
+        "ffn": arch.intermediate_size,
+        "heads": arch.num_attention_heads,
+        "kv_heads": arch.num_key_value_heads,
+        "vocabulary": arch.vocab_size,
+        "context": arch.max_position_embeddings,
+    }
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    titles = ("preset", "parameters", "layers", "hidden", "heads / KV", "vocabulary", "context")
+    table = Table(*titles, box=None, header_style="bold")
+    for column in table.columns:
+        column.justify, column.no_wrap = "left" if column.header == "preset" else "right", True
+    for row in rows:
+        heads, size = f"{row['heads']} / {row['kv_heads']}", row["parameters"]
+        parameters = f"{size / 1e9:.2f} B" if size >= 1e9 else f"{size / 1e6:.3g} M"
+        sizes = (row["layers"], row["hidden"], heads, f"{row['vocabulary']:,}", f"{row['context']:,}")
+        table.add_row(row["preset"], parameters, *map(str, sizes))
+    Console().print(table)
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _batches(dataset: GPTDataset | BlendedDataset, samples: int, size: int) -> Iterator[MicroBatch]:
+    """The first `samples` samples, `size` at a time and the rest."""
+    from raytron.data import GlobalBatches
+
+    for first in range(0, samples, size):
+        part = min(size, samples - first)
+        yield from GlobalBatches(dataset, part, part, dataset.sequence_length).read(first)
+
+
+def _loss(model: ShardedModel, batches: Iterator[MicroBatch]) -> tuple[float, int]:
+    """Mean loss in nats per token, and the number of tokens it is the mean of."""
+    import torch
+
+    from raytron.training.losses import next_token_loss
+
+    total, tokens, tp = 0.0, 0, model.world.axis("tp")
+    with torch.no_grad():
+        for batch in batches:
+            given = {k: t.to(model.weights.device) for k, t in vars(batch).items() if t is not None}
+            labels_T, mask_T = given["labels_BS"].flatten(), given["loss_mask_BS"].flatten()
+            logits_BSV = model(given["tokens_BS"], given.get("position_ids_BS"), given.get("document_ids_BS"))
+            total += next_token_loss(logits_BSV.flatten(0, 1), labels_T, mask_T, 0, tp).item()
+            tokens += int(mask_T.sum())
+    return total / tokens, tokens
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Kill the driver of a real run, start the same command again: the run's losses are those of one nobody disturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from raytron.metrics import StepRecord, read_records
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS = 50
+RECIPE = f"""
+from raytron.config import *
+
+config = PretrainConfig(
+    model=ModelConfig(
+        preset="llama-3m",
+        overrides=dict(
+            vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2,
+        ),
+    ),
+    data=DataConfig(mock=True, tokenizer="null:127", sequence_length=32),
+    optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4),
+    schedule=ScheduleConfig(warmup_steps=5),
+    global_batch_size=8,
+    steps={STEPS},
+    evaluation=EvalConfig(interval=20, batches=1),
+    logging=LoggingConfig(tensorboard=False),
+    run=RunConfig(checkpoint_config=CheckpointConfig(interval=5)),
+    scaling=ScalingConfig(num_workers=4),
+)
+
+if __name__ == "__main__":
+    config = cli(config)
+    from raytron import pretrain
+
+    pretrain.run(config)
+"""
+TP2_PP2 = ["--parallel.tp", "2", "--parallel.pp", "2"]
+PP2_DP2 = ["--parallel.tp", "1", "--parallel.pp", "2"]
+
+
+def start(tmp_path: Path, name: str, *flags: str) -> subprocess.Popen:
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE)
+    command = [sys.executable, str(recipe), "--run.name", name, "--run.storage-path", str(tmp_path), *flags]
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    log = (tmp_path / f"{name}.log").open("a")
+    return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finish(tmp_path: Path, name: str, *flags: str) -> None:
+    assert start(tmp_path, name, *flags).wait(timeout=300) == 0, (tmp_path / f"{name}.log").read_text()
+
+
+def losses(tmp_path: Path, name: str) -> dict[int, float]:
+    file = tmp_path / name / "metrics.jsonl"
+    records = read_records(file) if file.exists() else []
+    return {record.step: record.loss for record in records if isinstance(record, StepRecord)}
+
+
+def kill_at(tmp_path: Path, name: str, step: int, *flags: str) -> None:
+    """Run until `step` was reported, then SIGKILL the driver; its actors follow it."""
+    process = start(tmp_path, name, *flags)
+    deadline = time.monotonic() + 240
+    while max(losses(tmp_path, name), default=0) < step:
+        assert process.poll() is None, (tmp_path / f"{name}.log").read_text()
+        assert time.monotonic() < deadline, "the run does not get to the step"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_run_continues_bit_for_bit(tmp_path):
+    flags = [*TP2_PP2, "--precision", "bf16"]
+    finish(tmp_path, "quiet", *flags)
+    kill_at(tmp_path, "killed", random.randint(6, 40), *flags)
+    finish(tmp_path, "killed", *flags)
+    quiet = losses(tmp_path, "quiet")
+    assert len(quiet) == STEPS
+    assert losses(tmp_path, "killed") == quiet
+
+
+def test_a_killed_run_continues_at_another_layout_and_back(tmp_path):
+    exact = ["--precision", "fp64"]
+    finish(tmp_path, "quiet", *TP2_PP2, *exact)
+    kill_at(tmp_path, "moved", random.randint(7, 18), *TP2_PP2, *exact)
+    kill_at(tmp_path, "moved", random.randint(25, 38), *PP2_DP2, *exact)
+    finish(tmp_path, "moved", *TP2_PP2, *exact)
+    quiet = losses(tmp_path, "quiet")
+    assert len(quiet) == STEPS
+    assert losses(tmp_path, "moved") == pytest.approx(quiet, rel=1e-9)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_exits_cleanly(tmp_path, number):
+    process = start(tmp_path, "stopped", *TP2_PP2, "--steps", "100000")
+    deadline = time.monotonic() + 240
+    while max(losses(tmp_path, "stopped"), default=0) < 3:
+        assert process.poll() is None, (tmp_path / "stopped.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 0, (tmp_path / "stopped.log").read_text()
+    last = max(losses(tmp_path, "stopped"))
+    assert (tmp_path / "stopped" / "checkpoints" / f"step_{last:08d}").is_dir()
