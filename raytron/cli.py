@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from raytron.data import BlendedDataset, GPTDataset, MicroBatch, Tokenizer
     from raytron.models.base import ShardedModel
 
-__all__ = ["Convert", "Eval", "Models", "Preprocess", "main"]
+__all__ = ["Convert", "Eval", "Models", "Preprocess", "main", "parse"]
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ class Eval:
     samples: int | None = None
     """How many samples to evaluate, by default each one once. With the split, sequence length and seed of a run, and
     its evaluation.batches x global_batch_size samples, the result is the run's own held-out loss."""
-    sequence_length: int = 1024
-    """Tokens of a sample."""
+    sequence_length: int | None = None
+    """Tokens of a sample; by default 1024, or as many as the model can take."""
     batch_size: int = 4
     """Samples to run at a time."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -162,7 +162,7 @@ class Eval:
     """Print JSON."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_size"):
+        for name in ("samples", "sequence_length", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
 
@@ -173,8 +173,9 @@ class Eval:
 
         directory = model_directory(self.model)
         arch = read_arch(directory)
-        arch.check_sequence(self.sequence_length)
-        with self._dataset(directory, arch.vocab_size) as dataset:
+        length = self.sequence_length or min(1024, arch.max_position_embeddings)
+        arch.check_sequence(length)
+        with self._dataset(directory, length, arch.vocab_size) as dataset:
             model = from_pretrained(directory, World.single(_device()), _torch_dtype(self.dtype))
             samples = min(self.samples or len(dataset), len(dataset))
             loss, tokens = _loss(model, _batches(dataset, samples, self.batch_size))
@@ -185,29 +186,27 @@ class Eval:
             print(f"loss {loss:.4f} nats per token, perplexity {found['perplexity']:,.2f}, {tokens:,} tokens")
 
     @contextmanager
-    def _dataset(self, directory: str, vocab_size: int) -> Iterator[GPTDataset | BlendedDataset]:
-        from raytron.data import build_datasets, prepare
+    def _dataset(self, directory: str, length: int, vocab_size: int) -> Iterator[GPTDataset | BlendedDataset]:
+        from raytron.data import build_datasets, load_tokenizer, prepare
 
         config = DataConfig(
             path=self.data,
             tokenizer=self.tokenizer or directory,
-            sequence_length=self.sequence_length,
+            sequence_length=length,
             split=self.split,
             seed=self.seed,
             json_key=self.json_key,
             document_mask=self.document_mask,
         )
-        if config.tokenizer.startswith("bpe:"):
-            raise ValueError(f"tokenizer {config.tokenizer!r} would be a new one; name the one the model knows")
+        entries = load_tokenizer(config.tokenizer).vocab_size
+        if entries > vocab_size:
+            raise ValueError(
+                f"tokenizer {config.tokenizer} has {entries} entries and the model's vocab_size is {vocab_size}; name "
+                "the one that the model was trained with"
+            )
         with tempfile.TemporaryDirectory() as nowhere:
             cache = self.cache_path or os.environ.get("RAYTRON_CACHE") or nowhere
-            prepared = prepare(config, cache, progress=not self.json)
-            if prepared.vocab_size > vocab_size:
-                raise ValueError(
-                    f"tokenizer {config.tokenizer} has {prepared.vocab_size} entries and the model's vocab_size is "
-                    f"{vocab_size}; name the one the model knows"
-                )
-            yield build_datasets(config, prepared, 0, self.samples)[1]
+            yield build_datasets(config, prepare(config, cache, progress=not self.json), 0, self.samples)[1]
 
 
 COMMANDS = {"preprocess": Preprocess, "models": Models, "convert": Convert, "eval": Eval}
@@ -219,21 +218,26 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.excepthook = report_error
     if (sys.argv[1:] if args is None else args) == ["--version"]:
         print(f"raytron {version('raytron')}")
-        return
-    tyro.extras.subcommand_cli_from_dict(
+    else:
+        parse(args).run()
+
+
+def parse(args: Sequence[str] | None = None) -> Preprocess | Models | Convert | Eval:
+    """The command that a command line asks for. Ends the process after `--help`, and after a slip it points out."""
+    return tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="raytron",
         description="Data and models around a run. (To train, run a recipe: python recipes/quickstart.py --help.)\n"
         "raytron COMMAND --help says more; RAYTRON_DEBUG=1 shows where an error came from; raytron --version.",
         args=args,
         config=(PositionalMetavarFromFieldName, FlagCreatePairsOff),
-    ).run()
+    )
 
 
 def model_directory(path: str) -> str:
     """The Hugging Face directory that is meant: `path`, a checkpoint's model, or that of a run's newest checkpoint.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, or a file of a checkpoint's model is not what was saved; names the file.
     """
     from raytron.checkpoint import CheckpointManager
 
@@ -242,8 +246,21 @@ def model_directory(path: str) -> str:
     runs = (CheckpointManager(folder).latest() for folder in (path, f"{path}/checkpoints"))
     for folder in (path, f"{path}/model", *(f"{latest}/model" for latest in runs if latest)):
         if any(Path(folder, f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+            _verify(Path(folder).absolute())
             return folder
     raise ValueError(f"{path}: no model; give a Hugging Face directory, a checkpoint, or a run that has saved one")
+
+
+def _verify(model: Path) -> None:
+    """Raise DamagedFile where a checkpoint's model is not what its manifest says. Other directories have none."""
+    from raytron.checkpoint import Storage
+    from raytron.checkpoint.manifest import MANIFEST, Manifest
+    from raytron.checkpoint.reading import read
+
+    checkpoint = model.parent
+    if model.name == "model" and (checkpoint / MANIFEST).is_file():
+        files = Manifest.read(Storage.open(checkpoint.parent), checkpoint.name).files
+        read(Storage.open(checkpoint), {}, {path: entry for path, entry in files.items() if path.startswith("model/")})
 
 
 def _preset(name: str, arch: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raytron.actors import CapacityError, Session, TrainerGroup, WorkerError, from_ray_train, result
-from raytron.actors.placement import cluster
+from raytron.actors.placement import Node, cluster, room
+from raytron.actors.trainer import resources
 from raytron.checkpoint import Storage
 from raytron.config import PretrainConfig, RunConfig, ScalingConfig, to_dict
 from raytron.data import Prepared, build_datasets, prepare, unigram_entropy
@@ -48,7 +49,7 @@ from raytron.metrics import (
 from raytron.models.registry import resolve
 from raytron.parallel.mesh import Mesh
 from raytron.training.memory import MemoryEstimate, estimate_memory
-from raytron.training.task import PretrainTask
+from raytron.training.task import PretrainTask, sample_counts
 
 if TYPE_CHECKING:
     import ray.train
@@ -130,8 +131,10 @@ class _Run:
         cache = os.environ.get("RAYTRON_CACHE") or str(self.folder / "data")
         self.prepared = prepare(self.config.data, cache)
         check_vocabulary(self.prepared, self.arch.vocab_size)
-        self._announce()
+        self._index()
         with Session(slots=self.mesh.size) as session, stop_requests() as stop:
+            self.mesh = replace(self.mesh, dp=fitting_dp(self.config, cluster()))
+            self._announce()
             refuse_if_too_big(self.memory, self.mesh, self.config)
             checkpoint = self._attempts(session, stop)
         return self._finish(checkpoint, time.perf_counter() - start)
@@ -254,11 +257,12 @@ class _Run:
             metrics |= {"eval_loss": held_out.loss, "unigram_entropy": unigram}
         return metrics
 
+    def _index(self) -> None:
+        """Build the sample indices once, so that ranks only map them; keep the held-out part for the summary."""
+        _, self.held_out, _ = build_datasets(self.config.data, self.prepared, *sample_counts(self.config))
+
     def _unigram(self) -> float | None:
-        config = self.config
-        held_out = config.evaluation.batches * config.global_batch_size
-        _, valid, _ = build_datasets(config.data, self.prepared, 0, held_out)
-        return None if valid is None else unigram_entropy(valid)
+        return None if self.held_out is None else unigram_entropy(self.held_out)
 
     def _write_json(self, name: str, value: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -283,6 +287,20 @@ def check_vocabulary(prepared: Prepared, vocab_size: int) -> None:
         f"`vocab_size {prepared.vocab_size}` in model.overrides for a new model, or name the model's own tokenizer in "
         "data.tokenizer"
     )
+
+
+def fitting_dp(config: PretrainConfig, nodes: Sequence[Node]) -> int:
+    """The largest dp that `scaling.num_workers` allows, the free seats hold, and the global batch divides by.
+
+    Where not even the fewest ranks fit it is that of the most: placing them says what was asked and what is there.
+    """
+    low, high = config.scaling.bounds
+    unit = config.parallel.tp * config.parallel.pp
+    free = sum(room(node.available, resources(config.scaling)) for node in nodes)
+    for workers in range(min(high, free) // unit * unit, low - 1, -unit):
+        if config.global_batch_size % (workers // unit * config.micro_batch_size) == 0:
+            return workers // unit
+    return high // unit
 
 
 def refuse_if_too_big(memory: MemoryEstimate, mesh: Mesh, config: PretrainConfig) -> None:

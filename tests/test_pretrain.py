@@ -125,3 +125,16 @@ def test_ray_trains_own_types_are_taken_and_a_finished_run_is_not_overwritten(tm
     assert result.path == str(tmp_path / "theirs")
     again = dataclasses.replace(config, run=RunConfig(name="theirs", storage_path=str(tmp_path)), resume=False)
     refused(again, ValueError, "already has checkpoints", "resume")
+
+
+def test_a_run_takes_as_many_ranks_as_the_cluster_has_room_for(tmp_path):
+    from raytron.actors.placement import Node
+
+    def nodes(*free):
+        return [Node(str(i), str(i), {"CPU": 64.0}, {"CPU": float(n)}) for i, n in enumerate(free)]
+
+    config = tiny(tmp_path, parallel=ParallelConfig(tp=2), scaling=ScalingConfig(num_workers=(2, 8)))
+    assert pretrain.fitting_dp(config, nodes(64)) == 4
+    assert pretrain.fitting_dp(config, nodes(3, 2)) == 2
+    assert pretrain.fitting_dp(config, nodes(7)) == 2  # a global batch of 8 does not divide by 3
+    assert pretrain.fitting_dp(config, nodes(1)) == 4  # placing it says what is missing

@@ -42,6 +42,7 @@ __all__ = [
     "weight_files",
 ]
 
+_FILES_AT_ONCE = 2
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 
 
@@ -176,28 +177,29 @@ def by_path(found: Iterable[tuple[str, Copy]]) -> dict[str, list[Copy]]:
 def read(storage: Storage, wanted: Mapping[str, Sequence[Copy]], verify: Mapping[str, Entry]) -> None:
     """Carry out the copies of each file, and read those of `verify` whole against their entries.
 
-    Raises `DamagedFile` naming the first file that is missing, truncated, or not what its entry says. Targets may be
-    partly written then.
+    Two files at a time, so that one hashes or waits while the other reads; extra memory is a staged box for each.
+    Raises `DamagedFile` naming a file that is missing, truncated, or not what its entry says. Targets may be partly
+    written then.
     """
-    with ThreadPoolExecutor(1, "checkpoint-digest") as pool:
-        scratch = Scratch()
-        for path in dict.fromkeys([*wanted, *verify]):
-            _read_file(storage, path, wanted.get(path, ()), verify.get(path), pool, scratch)
+    paths = dict.fromkeys([*wanted, *verify])
+    with ThreadPoolExecutor(_FILES_AT_ONCE, "checkpoint-read") as pool:
+        for _ in pool.map(lambda path: _read_file(storage, path, wanted.get(path, ()), verify.get(path)), paths):
+            pass
 
 
-def _read_file(
-    storage: Storage, path: str, wanted: Sequence[Copy], entry: Entry | None, pool: ThreadPoolExecutor, scratch: Scratch
-) -> None:
+def _read_file(storage: Storage, path: str, wanted: Sequence[Copy], entry: Entry | None) -> None:
     name = f"{storage}/{path}"
     if entry is not None and (size := storage.size(path)) != entry.nbytes:
         raise DamagedFile(f"{name}: " + ("missing" if size is None else f"has {size} bytes instead of {entry.nbytes}"))
     file = storage.reader(path)
     try:
-        digest = None if entry is None else Digest(pool)
-        window = _Window(file, digest, scratch)
-        for group in _groups(wanted):
-            window.fill(group)
-        if entry is not None:
+        with ThreadPoolExecutor(1, "checkpoint-digest") as pool:
+            digest = None if entry is None else Digest(pool)
+            window = _Window(file, digest, Scratch())
+            for group in _groups(wanted):
+                window.fill(group)
+            if entry is None:
+                return
             window.skip(entry.nbytes)
             if digest.entry() != entry:
                 raise DamagedFile(f"{name}: its bytes are not those that were written (xxh3 differs)")

@@ -124,7 +124,7 @@ class ShardedModel(nn.Module):
         moved, self.slots = {}, []
         for offset, param in zip(offsets, ordered, strict=True):
             new = nn.Parameter(self.weights[offset : offset + param.numel()].view(param.shape))
-            new.parts, new.decay, new.std = param.parts, param.decay, param.std
+            new.parts, new.decay, new.initial_std = param.parts, param.decay, param.initial_std
             moved[param] = new
             self.slots.append(Slot(new, offset, param.numel()))
         for module, name, param in sites:

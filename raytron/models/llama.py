@@ -69,7 +69,7 @@ def to_hf(
         "model_type": model_type,
         "hidden_act": "silu",
         "attention_bias": False,
-        **{name: getattr(arch, name) for name in _SAME if getattr(arch, name) is not None},
+        **{name: getattr(arch, name) for name in _SAME},  # None too: transformers' own token ids would be wrong
         "rope_theta": arch.rope_theta,
         "rope_scaling": scaling,
         "rope_parameters": {"rope_theta": arch.rope_theta, **(scaling or {"rope_type": "default"})},

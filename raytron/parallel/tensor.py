@@ -81,7 +81,7 @@ def parameter(shape: Sequence[int], parts: Sequence[Part], *, decay: bool, std: 
     `decay` says whether weight decay applies. `std` is that of its initial normal distribution; None starts at ones.
     """
     param = nn.Parameter(torch.empty(tuple(shape)))
-    param.parts, param.decay, param.std = tuple(p for p in parts if all(p.size)), decay, std
+    param.parts, param.decay, param.initial_std = tuple(p for p in parts if all(p.size)), decay, std
     return param
 
 
@@ -105,10 +105,10 @@ def initialize_(param: nn.Parameter, seed: int) -> None:
     param.zero_()
     for part in param.parts:
         view = part.view(param.data)
-        if param.std is None:
+        if param.initial_std is None:
             view.fill_(1.0)
-        elif param.std > 0:
-            _draw_rows(view, part, param.std, seed)
+        elif param.initial_std > 0:
+            _draw_rows(view, part, param.initial_std, seed)
 
 
 def _draw_rows(view: Tensor, part: Part, std: float, seed: int) -> None:
@@ -406,5 +406,9 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, start: int, tp:
     Returns: [T], the same on every tp rank.
     """
     if tp.size == 1:
+        if torch.compiler.is_compiling():  # the compiler fuses this, and would not fuse our backward's scatter
+            return F.cross_entropy(
+                logits.float() if logits.dtype == torch.bfloat16 else logits, labels, reduction="none"
+            )
         return _CrossEntropy.apply(logits, labels)
     return _VocabParallelCrossEntropy.apply(logits, labels, start, tp)

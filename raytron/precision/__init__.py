@@ -1,5 +1,5 @@
 """Number formats: how matrix products are computed in each."""
 
-from raytron.precision.products import batched, linear, native_bf16
+from raytron.precision.products import NATIVE_BF16, linear
 
-__all__ = ["batched", "linear", "native_bf16"]
+__all__ = ["NATIVE_BF16", "linear"]

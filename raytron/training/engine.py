@@ -117,7 +117,9 @@ class TrainEngine:
         self.adamw = FlatAdamW(config.optimizer, model.weights, self.grads, self.intervals, model.decay_end)
         self._guard = Guard(config.guard)
         apply_recompute(model, config.recompute)
+        self._loss = next_token_loss
         if config.compile:
+            self._loss = torch.compile(next_token_loss, dynamic=False)
             for chunk in model.chunks:
                 chunk.compile(dynamic=False)
         self._pipeline = self._make_pipeline()
@@ -221,7 +223,7 @@ class TrainEngine:
         if not module.last:
             return out
         labels, mask = batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1)
-        return next_token_loss(out, labels, mask, module.head.start, self.world.axis("tp"))
+        return self._loss(out, labels, mask, module.head.start, self.world.axis("tp"))
 
     def _shape(self, batches: Sequence[MicroBatch]) -> Callable[[int], tuple[int, int]]:
         split = self.world.axis("tp").size if self.config.parallel.sequence_parallel else 1

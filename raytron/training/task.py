@@ -22,7 +22,7 @@ from raytron.parallel.collectives import World
 from raytron.training.engine import DTYPES, StepResult, TrainEngine
 from raytron.training.memory import flops_per_token
 
-__all__ = ["PretrainTask", "measure_peak_flops"]
+__all__ = ["PretrainTask", "measure_peak_flops", "sample_counts"]
 
 
 class PretrainTask:
@@ -58,8 +58,7 @@ class PretrainTask:
 
     def _make_data(self) -> None:
         config, size, length = self.config, self.config.global_batch_size, self.config.data.sequence_length
-        held_out = config.evaluation.batches * size
-        train, valid, _ = build_datasets(config.data, self.prepared, max(config.steps, 1) * size, held_out)
+        train, valid, _ = build_datasets(config.data, self.prepared, *sample_counts(config))
         self._train = GlobalBatches(train, size, config.micro_batch_size, length)
         self._valid = GlobalBatches(valid, size, config.micro_batch_size, length) if valid is not None else None
 
@@ -138,6 +137,11 @@ class PretrainTask:
             nan_total=counters.nan_steps,
             phases_s=dict(self.engine.phases_s),
         )
+
+
+def sample_counts(config: PretrainConfig) -> tuple[int, int]:
+    """(training, held-out) samples of a run. Their order depends on their number, so everybody asks for the same."""
+    return max(config.steps, 1) * config.global_batch_size, config.evaluation.batches * config.global_batch_size
 
 
 def peak_memory(device: torch.device) -> int:

@@ -216,7 +216,7 @@ def _load_damaged(world, location):
 
 def _save_two(world, location):
     engine, manager = make(world, tp=2, pp=2, seed=1), CheckpointManager(location, shard_mb=0.01)
-    manager.save(engine)
+    manager.save(engine).result()  # `fill` passes no barrier
     fill(engine, 2)
     return manager.save(engine).result().error
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytron.checkpoint import DamagedFile
@@ -17,6 +17,7 @@ from raytron.checkpoint.writing import Sink
 from raytron.parallel.layout import Layout, Piece, plan
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_copies_in_any_order_and_shape(tmp_path_factory, data):
     """Strided, overlapping, gapped and casting copies of one file, with and without verification."""

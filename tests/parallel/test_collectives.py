@@ -216,6 +216,13 @@ def block(world: World, operation: str) -> None:
         axis.barrier()
 
 
+def reason_of(wait, *args) -> str:
+    """Of the `GaveUp` it raises. Its traceback, which would keep the group alive, ends here."""
+    with pytest.raises(GaveUp) as caught:
+        wait(*args)
+    return str(caught.value)
+
+
 def run_give_up(world: World, path: str) -> list[str]:
     """Rank 0 is blocked once for each operation, in a generation of its own; rank 1 only connects. Then both regroup.
 
@@ -229,15 +236,15 @@ def run_give_up(world: World, path: str) -> list[str]:
             thread = threading.Thread(target=_release, args=(mine, about_to_block, operation))
             thread.start()
             about_to_block.set()
-            with pytest.raises(GaveUp) as caught:
-                block(mine, operation)
-            reasons.append(str(caught.value))
+            reasons.append(reason_of(block, mine, operation))
             thread.join()
             with pytest.raises(GaveUp):  # from now on
                 mine.axis("world").isend(torch.zeros(1), 1)
+            mine.close()
             store.set(f"released-{operation}", "")
-        store.wait([f"released-{operation}"])
-        mine.close()
+        else:
+            store.wait([f"released-{operation}"])  # present, silent: closing its end would release rank 0 too
+            mine.close()
     again = World(world.mesh, world.rank, store, timeout=600.0, prefix="again")
     assert again.axis("tp").all_reduce_(torch.ones(2)).tolist() == [2.0, 2.0]
     assert collectives.ring_shift(torch.tensor([world.rank]), again.axis("tp")).item() == 1 - world.rank
@@ -286,8 +293,6 @@ from raytron.parallel.mesh import Mesh
 
 world = World.from_env(Mesh(tp=2))
 total = world.axis("tp").all_reduce_(torch.tensor([world.rank + 1.0])).item()
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    sys.exit(3)  # the second attempt meets in the same store
 assert "ray" not in sys.modules
 with open(os.path.join(sys.argv[1], str(world.rank)), "w") as file:
     file.write(f"{total} {world.coords}")
@@ -295,9 +300,9 @@ world.close()
 """
 
 
-def test_under_torchrun_without_ray_and_again_after_a_restart(tmp_path):
+def test_under_torchrun_without_ray(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, str(tmp_path / "script.py"), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     written = [(tmp_path / rank).read_text() for rank in "01"]

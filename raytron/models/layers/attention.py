@@ -16,7 +16,7 @@ from raytron.models.layers.norm import RMSNorm
 from raytron.models.layers.rotary import rotate
 from raytron.parallel.collectives import Axis
 from raytron.parallel.tensor import ColumnParallelLinear, Cut, RowParallelLinear
-from raytron.precision import native_bf16
+from raytron.precision import NATIVE_BF16
 
 __all__ = ["Attention", "CoreAttention", "Sequences"]
 
@@ -127,7 +127,7 @@ def _forbid(scores: Tensor, start: int, stop: int, blocked: Tensor | None, sizes
 
 
 def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.bfloat16 and not native_bf16() else dtype
+    return torch.float32 if dtype == torch.bfloat16 and not NATIVE_BF16 else dtype
 
 
 def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:

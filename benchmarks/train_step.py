@@ -1,0 +1,151 @@
+"""Training speed of one process: our step against the same model in `transformers`, same optimizer and batch.
+
+Both do a whole step: forward, loss, backward, clipping of the global norm, fused AdamW. Theirs is measured every way a
+user could run it (sdpa and plain attention, eager and compiled; in bf16 both autocast and bf16 weights) and the best
+counts; ours eager and compiled, the best counts. All variants of a case take turns, one step a round.
+
+Floor: 6 FLOPs per weight in a matrix product and token, plus causal attention, at the rate of a large matrix product
+measured in the same run (`share of peak` says how near we are); AdamW reads and writes 28 bytes a parameter.
+
+    python benchmarks/train_step.py [--quick] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from _common import Samples, emit, interleave, parse, seconds, write_results
+
+from raytron.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from raytron.data.loader import MicroBatch
+from raytron.models import build
+from raytron.models.arch import DecoderConfig
+from raytron.precision import linear
+from raytron.training import DTYPES, TrainEngine
+from raytron.training.memory import flops_per_token
+
+BENCHMARK = "train_step"
+Step = Callable[[], object]
+_SHARED = {"vocab_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024}
+SHAPES = {  # name -> architecture, sequence length, batch
+    "6L-h256": (
+        DecoderConfig(hidden_size=256, num_hidden_layers=6, intermediate_size=704, rope_theta=1e4, **_SHARED),
+        256,
+        8,
+    ),
+    "25M": (
+        DecoderConfig(hidden_size=512, num_hidden_layers=8, intermediate_size=1408, rope_theta=1e4, **_SHARED),
+        512,
+        4,
+    ),
+}
+
+
+def ours(arch: DecoderConfig, batch: MicroBatch, precision: str, compiled: bool) -> Step:
+    size = batch.tokens_BS.shape[0]
+    config = TrainConfig(
+        precision=precision,
+        global_batch_size=size,
+        micro_batch_size=size,
+        compile=compiled,
+        optimizer=OptimizerConfig(lr=1e-4, min_lr=0.0, beta2=0.999, weight_decay=0.01, clip_grad=1.0),
+        schedule=ScheduleConfig(kind="constant"),
+    )
+    engine = TrainEngine(build(arch, dtype=DTYPES[precision], seed=0), config)
+    return lambda: engine.step([batch])
+
+
+def theirs(arch: DecoderConfig, batch: MicroBatch, precision: str, attention: str, compiled: bool) -> Step:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = arch.to_hf()
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    run = torch.compile(model, dynamic=False) if compiled else model
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-amp"):
+            loss = run(input_ids=batch.tokens_BS, labels=batch.tokens_BS, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def variants(arch: DecoderConfig, batch: MicroBatch, family: str, quick: bool) -> dict[str, Step]:
+    """Everything that is measured for "fp32" or "bf16"; a quick run compiles nothing of theirs but sdpa."""
+    steps: dict[str, Step] = {}
+    for precision in ("fp32",) if family == "fp32" else ("bf16", "bf16-amp"):
+        for compiled in (False, True):
+            how = "compiled" if compiled else "eager"
+            if not (quick and compiled and precision == "bf16-amp"):
+                steps[f"ours {precision} {how}"] = ours(arch, batch, precision, compiled)
+            for attention in ("sdpa", "eager"):
+                if not (quick and compiled and (attention == "eager" or family == "bf16")):
+                    name = f"transformers {precision} {how} {attention} attention"
+                    steps[name] = theirs(arch, batch, precision, attention, compiled)
+    return steps
+
+
+def peak(family: str) -> float:
+    """FLOP/s of a 1,024-square product as the layers compute it."""
+    a = torch.randn(1024, 1024).to(torch.bfloat16 if family == "bf16" else torch.float32)
+    linear(a, a)
+    return 2 * 1024**3 / min(seconds(lambda: linear(a, a))() for _ in range(20))
+
+
+def measure(shape: str, family: str, quick: bool, others_cpu: float) -> dict:
+    arch, length, size = SHAPES[shape]
+    torch.manual_seed(0)
+    tokens = torch.randint(0, arch.vocab_size, (size, length + 1))
+    batch = MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(size, length))
+    start = time.perf_counter()
+    steps = variants(arch, batch, family, quick)
+    for step in steps.values():
+        step(), step()
+    warm_up = time.perf_counter() - start
+    taken = interleave({name: seconds(step) for name, step in steps.items()}, 5 if quick else 11)
+    mine, best = _best(taken, "ours"), _best(taken, "transformers")
+    rate = size * length / taken[mine].median
+    return emit(
+        BENCHMARK,
+        f"{shape} {family}",
+        rate,
+        size * length / taken[best].median,
+        best,
+        unit="tokens/s",
+        details={
+            "variant": mine,
+            "spread": round(taken[mine].spread, 3),
+            "share of peak": round(rate * flops_per_token(arch, length) / peak(family), 3),
+            "threads": torch.get_num_threads(),
+            "warm-up s": round(warm_up),
+            "others cpu": round(others_cpu, 2),
+            **{name: round(size * length / samples.median) for name, samples in taken.items()},
+        },
+    )
+
+
+def _best(taken: dict[str, Samples], who: str) -> str:
+    return min((name for name in taken if name.startswith(who)), key=lambda name: taken[name].median)
+
+
+def main() -> None:
+    arguments = parse(__doc__.splitlines()[0], threads=2)
+    torch.set_num_threads(arguments.threads)
+    shapes = ["6L-h256"] if arguments.quick else list(SHAPES)
+    cases = [(shape, family) for shape in shapes for family in ("fp32", "bf16")]
+    rows = [measure(shape, family, arguments.quick, arguments.others_cpu) for shape, family in cases]
+    if not arguments.quick:
+        write_results(Path(__file__).parent / "results" / f"{BENCHMARK}.md", rows)
+
+
+if __name__ == "__main__":
+    main()
