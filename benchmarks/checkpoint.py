@@ -7,13 +7,15 @@ the machine with the steps; how much longer they take meanwhile is a row of its 
 it says more about the cores than about the design.
 
 Load. `CheckpointManager.load` of the whole state, and `load_weights` of the Hugging Face directory in it, into buffers
-that exist, against reading the same files front to back into one buffer that exists: same bytes, same page cache, same
-4 MiB reads, no parsing, no checksum, no placing. The ratio is raw time over load time; 0.6 is the target.
+that exist, against reading the same files front to back into one buffer that exists: same bytes, same page cache, reads of
+4 MiB, no parsing, no checksum, no placing. The ratio is raw time over load time; 0.6 is the target.
 
 Floors for P parameters: state of 12 P (fp32: weights and two moments) or 14 P bytes (bf16: weights, masters, moments).
 A save copies them once and writes them once, a load reads them once. 28M parameters: 0.33 / 0.39 GB, 16 / 19 ms at the
-20 GB/s of one core's memcpy, against a forward and backward of 6 P T FLOP (T = 512 tokens, 86 GFLOP, 0.4 s in fp32). Rejected: dropping the page cache,
-which needs root and would measure the disk.
+20 GB/s of one core's memcpy, against a forward and backward of 6 P T FLOP (T = 512 tokens, 86 GFLOP, 0.4 s in fp32).
+Loading weights alone is a row for information: planning takes some 0.2 ms a tensor whatever its size, which is nothing
+for 16 GB in 291 tensors and half of the time for 56 MB in 75. Rejected: dropping the page cache, which needs root and
+would measure the disk.
 
     python benchmarks/checkpoint.py [--quick] [--size toy]
 """
@@ -189,10 +191,10 @@ def loading(case: Case, precision: str, rounds: int, folder: Path) -> Iterator[d
     everything = sorted(path for path in root.rglob("*") if path.is_file())
     weights = sorted((root / "model").glob("*.safetensors"))
     jobs = {
-        "load of the whole state": (lambda: manager.load(engine), everything),
-        "load of the weights": (lambda: load_weights(engine.model, root / "model"), weights),
+        "load of the whole state": (lambda: manager.load(engine), everything, 0.6),
+        "load of the weights": (lambda: load_weights(engine.model, root / "model"), weights, None),
     }
-    for name, (load, files) in jobs.items():
+    for name, (load, files, target) in jobs.items():
         raw, size = seconds(raw_read(files)), sum(file.stat().st_size for file in files)
         load()
         found = interleave({"raw": raw, "load": seconds(load)}, rounds)
@@ -204,8 +206,9 @@ def loading(case: Case, precision: str, rounds: int, folder: Path) -> Iterator[d
             "raw read of the same files",
             unit="s",
             higher_is_better=False,
+            for_information=target is None,
             details={
-                "target": 0.6,
+                **({"target": target} if target else {}),
                 "MB": round(size / 1e6),
                 "GB/s": round(size / found["load"].median / 1e9, 2),
                 "raw GB/s": round(size / found["raw"].median / 1e9, 2),

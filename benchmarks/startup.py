@@ -7,11 +7,11 @@ again. Rejected: timestamps in the driver, which every user would carry for the 
 
 Floor, in seconds on two quiet cores: importing torch 2.1 and ray 0.6 in the driver, ray.init 2.4, one actor with torch
 1.0 (four share two cores: 2 to 3), groups over gloo 0.05, one step 0.1; 8 to 9 in all. No bytes or FLOPs to speak of:
-3M weights, and a corpus of some 10 MB read once to see that it is still the same.
+3M weights, and a corpus of some 10 MB, written by the recipe and read once to see that it is still the same.
 
 All rows are for information: nobody else's quickstart does the same.
 
-    python benchmarks/startup.py [--quick]
+    python benchmarks/startup.py [--quick] [--size toy]
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def rows_of(case: str, runs: Sequence[dict[str, float]]) -> Iterator[dict[str, A
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse("Command to first step of the quickstart recipe, with its parts.", argv)
-    runs = 3 if arguments.quick else 7
+    arguments = parse("Command to first step of the quickstart recipe, with its parts.", argv, size="full")
+    runs = 1 if arguments.size == "toy" else 3 if arguments.quick else 7
     help_seconds()  # fills the bytecode cache
     helps = Samples(tuple(help_seconds() for _ in range(5)))
     rows = [emit(BENCHMARK, "quickstart --help", helps.median, unit="s", details={"target": "below 0.5"})]

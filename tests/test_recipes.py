@@ -96,6 +96,15 @@ def test_llama3_runs_on_a_laptop(tmp_path: Path):
     assert (saved / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
+def test_the_recipe_in_the_readme_runs(tmp_path: Path):
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.py").write_text(block)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    done = run(sys.executable, "mine.py", "--steps", 2, "--parallel.tp", 1, "--parallel.pp", 2, cwd=tmp_path)
+    assert "run mine" in done.stdout
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A Ray head node with a dashboard, where jobs are submitted; its environment holds the token that lets one in."""

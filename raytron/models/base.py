@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -157,6 +158,7 @@ def _sites(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
                 yield child, name, param
 
 
+@lru_cache(maxsize=8)  # layouts are immutable, and a save, a load and a resize ask for the same few
 def weights_layout(
     model: type[ShardedModel],
     arch: Any,

@@ -45,7 +45,8 @@ def from_hf(config: Mapping[str, Any], **family: Any) -> DecoderConfig:
         raise ValueError("attention_bias and mlp_bias are not supported for this family")
     if config.get("use_sliding_window"):
         raise ValueError("use_sliding_window is not supported; full attention is")
-    known = {name: config[name] for name in _SAME if config.get(name) is not None}
+    given = {name: config[name] for name in _SAME if config.get(name) is not None}
+    known = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     known.setdefault("num_key_value_heads", config["num_attention_heads"])
     known.setdefault("rms_norm_eps", 1e-6)
     scaling = RopeScaling(**{k: rope[k] for k in asdict(RopeScaling()) if k in rope}) if kind == "llama3" else None
@@ -68,7 +69,6 @@ def to_hf(
         "architectures": [architecture],
         "model_type": model_type,
         "hidden_act": "silu",
-        "attention_bias": False,
         **{name: getattr(arch, name) for name in _SAME},  # None too: transformers' own token ids would be wrong
         "rope_theta": arch.rope_theta,
         "rope_scaling": scaling,

@@ -68,11 +68,11 @@ def canonical(model: ShardedModel, of=lambda param: param.data) -> dict[str, Ten
 
 
 def stored(folder: str | Path) -> dict[str, Tensor]:
-    """Every tensor of a directory's safetensors files."""
+    """Every tensor of a directory's safetensors files, copied: the package's own are views of the mapped file."""
     found: dict[str, Tensor] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a mapping
+            found.update({name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118 - not a mapping
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from raytron.checkpoint import save_pretrained
@@ -25,7 +25,7 @@ LENGTH = 20
 def test_logits_gradients_and_every_tensor_equal_theirs(family):
     from transformers import AutoModelForCausalLM
 
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=15, deadline=None, phases=(Phase.reuse, Phase.generate))  # shrinking would take minutes
     @given(sizes((family,)), st.integers(0, 1000))
     def check(drawn, seed):
         theirs = random_model(drawn, seed)
@@ -52,26 +52,19 @@ def compare(ours, theirs, seed: int) -> None:
     grads = {name: param.grad for name, param in theirs.named_parameters()}
     mine = canonical(ours, lambda param: param.grad)
     assert mine.keys() == grads.keys()
-    for name, grad in grads.items():
-        torch.testing.assert_close(mine[name], grad, rtol=0, atol=1e-4 * max(grad.abs().max().item(), 1e-3), msg=name)
+    largest = max(grad.abs().max().item() for grad in grads.values())
+    for name, grad in grads.items():  # some gradients (a key's bias) are what is left of terms that cancel
+        limit = 1e-4 * grad.abs().max().item() + 1e-5 * largest
+        torch.testing.assert_close(mine[name], grad, rtol=0, atol=limit, msg=name)
 
 
-IRRELEVANT = {
-    "_name_or_path",
-    "transformers_version",
-    "initializer_range",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-}
+# The old spelling of rope is written beside the new one, for readers that know only that.
+IRRELEVANT = {"_name_or_path", "transformers_version", "rope_theta", "rope_scaling"}
 
 
 def same_configuration(found: dict, wanted: dict) -> None:
-    differing = {key for key in wanted.keys() | found.keys() if found.get(key) != wanted.get(key)}
-    # The old spelling is written beside the new one, for readers that know only that.
-    assert differing <= IRRELEVANT | {"rope_theta", "rope_scaling"}, {
-        k: (found.get(k), wanted.get(k)) for k in differing
-    }
+    keys = (wanted.keys() | found.keys()) - IRRELEVANT
+    assert {key: found.get(key) for key in keys} == {key: wanted.get(key) for key in keys}
 
 
 @given(st.data())
