@@ -167,7 +167,8 @@ class Torchrun:
         deadline = time.monotonic() + ANSWER_S
         while not select.select([answers], [], [], 1.0)[0]:
             if self._job.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the torchrun job does not answer; its log ends:\n{self._log.read_text()[-3000:]}")
+                log = self._log.read_text()  # what torchrun itself adds at the end says less than the first traceback
+                raise RuntimeError(f"the torchrun job does not answer:\n{log[max(log.find('Traceback'), 0) :][:4000]}")
         return answers.readline()
 
 

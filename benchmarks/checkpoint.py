@@ -7,8 +7,8 @@ the machine with the steps; how much longer they take meanwhile is a row of its 
 it says more about the cores than about the design.
 
 Load. `CheckpointManager.load` of the whole state, and `load_weights` of the Hugging Face directory in it, into buffers
-that exist, against reading the same files front to back into one buffer that exists: same bytes, same page cache, reads of
-4 MiB, no parsing, no checksum, no placing. The ratio is raw time over load time; 0.6 is the target.
+that exist, against reading the same files front to back into one buffer that exists: same bytes, same page cache,
+4 MiB at a time, no parsing, no checksum, no placing. The ratio is raw time over load time; 0.6 is the target.
 
 Floors for P parameters: state of 12 P (fp32: weights and two moments) or 14 P bytes (bf16: weights, masters, moments).
 A save copies them once and writes them once, a load reads them once. 28M parameters: 0.33 / 0.39 GB, 16 / 19 ms at the

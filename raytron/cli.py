@@ -80,15 +80,14 @@ class Preprocess:
         )
 
     def _tokenizer(self) -> Tokenizer:
-        from raytron.data import load_tokenizer, train_bpe
-        from raytron.data.build import _BPE_BYTES_PER_ENTRY, _texts
+        from raytron.data import load_tokenizer
+        from raytron.data.build import train_tokenizer
         from raytron.data.corpus import find_files
         from raytron.data.tokenizer import vocabulary_of
 
         if not self.tokenizer.startswith("bpe:"):
             return load_tokenizer(self.tokenizer)
-        size = vocabulary_of(self.tokenizer)
-        return train_bpe(_texts(find_files(self.inputs), self.json_key, size * _BPE_BYTES_PER_ENTRY), size)
+        return train_tokenizer(find_files(self.inputs), vocabulary_of(self.tokenizer), self.json_key)
 
 
 @dataclass(frozen=True)

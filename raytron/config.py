@@ -88,6 +88,7 @@ class DataConfig(Typed):
     tokenizer: str = "byte"
     """byte | null:VOCAB | bpe:VOCAB (trained on the data) | a Hugging Face directory or tokenizer.json."""
     sequence_length: int = 1024
+    """Tokens of a sample."""
     split: str = "99,1,0"
     """Weights of the train, validation and test parts."""
     seed: int = 1234
@@ -157,11 +158,14 @@ class OptimizerConfig(Typed):
     """AdamW (Loshchilov and Hutter 2019). Norms and biases are not decayed."""
 
     lr: float = 3e-4
+    """Highest learning rate."""
     min_lr: float = 3e-5
+    """Learning rate at the end of the decay."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    """Decoupled weight decay of matrices."""
     clip_grad: float = 1.0
     """Largest global gradient norm, over every axis; 0 turns clipping off."""
 
@@ -179,6 +183,7 @@ class ScheduleConfig(Typed):
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_steps: int = 0
+    """Steps in which the learning rate rises to lr."""
     decay_steps: int | None = None
     """Step at which min_lr is reached (default: the run's last); for wsd, the length of its final decay."""
 
@@ -229,15 +234,14 @@ class EvalConfig(Typed):
 class LoggingConfig(Typed):
     """Where metrics go besides the progress line and metrics.jsonl."""
 
-    interval: int = 1
     tensorboard: bool = True
+    """Event files in the run's folder."""
     prometheus: bool = False
+    """The newest values as metrics.prom in the run's folder."""
     wandb_project: str | None = None
+    """Weights & Biases (raytron[wandb])."""
     mlflow_experiment: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.interval >= 1, f"logging.interval is {self.interval}; it must be at least 1")
+    """MLflow (raytron[mlflow])."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +249,7 @@ class FailureConfig(Typed):
     """Ray Train's: how many failures to survive by restarting from the newest checkpoint; -1 is any number."""
 
     max_failures: int = 0
+    """Restarts allowed; -1 is any number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -256,9 +261,11 @@ class CheckpointConfig(Typed):
     """Ray Train's `num_to_keep`, and how often to save."""
 
     num_to_keep: int | None = 2
+    """Newest checkpoints to keep; None keeps all."""
     interval: int = 0
     """Steps between saves; 0 saves at the end only."""
     asynchronous: bool = True
+    """Write beside the training instead of between steps."""
     shard_mb: float = 5000.0
     """Largest size of one safetensors file."""
 
@@ -295,10 +302,15 @@ class ScalingConfig(Typed):
     """Ray Train's. `num_workers` counts ranks; one number, or (min, max) for a run that may change size."""
 
     num_workers: int | tuple[int, int] = 1
+    """Ranks; one number, or the fewest and the most."""
     use_gpu: bool = False
+    """Give every rank a GPU."""
     resources_per_worker: dict[str, float] | None = None
+    """What a rank reserves, by Ray's names; by default one CPU slot."""
     placement_strategy: str = "PACK"
+    """Ray's strategy for the ranks of one replica."""
     accelerator_type: str | None = None
+    """Only nodes with this accelerator, by Ray's name (H100, ...)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -327,7 +339,9 @@ class TrainConfig(Typed):
     micro_batch_size: int = 1
     """Samples one rank works on at a time."""
     steps: int = 100
+    """Steps of the whole run."""
     seed: int = 1234
+    """Of the initial weights; data.seed orders the samples."""
     compile: bool = False
     """Compile the layers with torch.compile: slower to start, faster after."""
 

@@ -31,7 +31,7 @@ from raytron.actors.placement import Node, cluster, room
 from raytron.actors.trainer import resources
 from raytron.checkpoint import Storage
 from raytron.config import PretrainConfig, RunConfig, ScalingConfig, to_dict
-from raytron.data import Prepared, build_datasets, prepare, unigram_entropy
+from raytron.data import build_datasets, load_tokenizer, prepare, unigram_entropy
 from raytron.metrics import (
     EvalRecord,
     JsonlSink,
@@ -58,6 +58,8 @@ __all__ = ["run"]
 
 log = logging.getLogger(__name__)
 
+# Kinds of failures of a rank that say what the user can do, and are no reason to start it again.
+USER_ERRORS = ("ValueError", "DamagedFile", "CoverageError", "TrainingStopped")
 VOCABULARY_SLACK = 1024  # rows a published model may have beyond its tokenizer's entries
 
 
@@ -129,8 +131,10 @@ class _Run:
         self._write_json("config.json", to_dict(self.config))
         self._write_json("versions.json", versions())
         cache = os.environ.get("RAYTRON_CACHE") or str(self.folder / "data")
+        if not self.config.data.tokenizer.startswith("bpe:"):  # before the whole corpus is tokenized with a wrong one
+            check_vocabulary(load_tokenizer(self.config.data.tokenizer).vocab_size, self.arch.vocab_size)
         self.prepared = prepare(self.config.data, cache)
-        check_vocabulary(self.prepared, self.arch.vocab_size)
+        check_vocabulary(self.prepared.vocab_size, self.arch.vocab_size)
         self._index()
         with Session(slots=self.mesh.size) as session, stop_requests() as stop:
             self.mesh = replace(self.mesh, dp=fitting_dp(self.config, cluster()))
@@ -146,6 +150,8 @@ class _Run:
             try:
                 return self._attempt(session, stop, resume=self.config.resume or failures > 0)
             except WorkerError as error:
+                if error.failure.kind in USER_ERRORS:  # it would fail again: the user has to mend something
+                    raise ValueError(error.failure.message) from error
                 failures += 1
                 allowed = self.config.run.failure_config.max_failures
                 if 0 <= allowed < failures or stop.is_set():
@@ -155,8 +161,9 @@ class _Run:
     def _attempt(self, session: Session, stop: threading.Event, resume: bool) -> str | None:
         with TrainerGroup(self.mesh, self.config.scaling, wait_s=session.wait_s) as group:
             group.create(PretrainTask, self.config, self.arch, self.prepared, self.checkpoints)
-            record = group.load() if resume else None
-            step = 0 if record is None else int(record["step"])
+            step, damaged = group.load() if resume else (0, [])
+            for problem in damaged:
+                self.console.print(f"[yellow]passed over a damaged checkpoint: {problem}[/]", highlight=False)
             if step:
                 self.console.print(f"continuing from step {step} of {self.checkpoints}")
             with MetricsWriter(self._sinks(step)) as writer:
@@ -216,12 +223,15 @@ class _Run:
 
     def _announce(self) -> None:
         mesh, config = self.mesh, self.config
-        source = config.data.path or (f"blend of {len(config.data.blend)}" if config.data.blend else "mock data")
+        if config.data.path or config.data.blend:
+            source = config.data.path or f"blend of {len(config.data.blend)}"
+            source += f", {self.prepared.tokens:,} tokens in {self.prepared.documents:,} documents"
+        else:
+            source = "mock data"
         self.console.print(
             f"[bold]{config.run.name}[/]: {self.arch.family} of {config.model.path or config.model.preset}, "
             f"{mesh.size} ranks = dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp}, {config.precision}\n"
-            f"data: {source}, {self.prepared.tokens:,} tokens in {self.prepared.documents:,} documents, "
-            f"vocabulary {self.prepared.vocab_size:,}\nmemory: about {self.memory}",
+            f"data: {source}, vocabulary {self.prepared.vocab_size:,}\nmemory: about {self.memory}",
             highlight=False,
         )
 
@@ -278,13 +288,13 @@ class _Run:
                 self.storage.write(part.as_posix(), file.read_bytes())
 
 
-def check_vocabulary(prepared: Prepared, vocab_size: int) -> None:
+def check_vocabulary(entries: int, vocab_size: int) -> None:
     """ValueError where the tokenizer's ids do not fit the model, or the model has far more rows than ids."""
-    if prepared.vocab_size <= vocab_size <= prepared.vocab_size + VOCABULARY_SLACK:
+    if entries <= vocab_size <= entries + VOCABULARY_SLACK:
         return
     raise ValueError(
-        f"the tokenizer has {prepared.vocab_size} entries and the model's vocab_size is {vocab_size}; set "
-        f"`vocab_size {prepared.vocab_size}` in model.overrides for a new model, or name the model's own tokenizer in "
+        f"the tokenizer has {entries} entries and the model's vocab_size is {vocab_size}; set "
+        f"`vocab_size {entries}` in model.overrides for a new model, or name the model's own tokenizer in "
         "data.tokenizer"
     )
 

@@ -1,8 +1,12 @@
 """Pretrain a 3M Llama on Python's own library, on four shard actors (TP 2 x PP 2), and read what it writes.
 
-python recipes/quickstart.py                       # a few minutes on two CPU cores
-python recipes/quickstart.py --steps 2000 --run.name longer
+A few minutes on two CPU cores; then longer, or on your own text:
+    python recipes/quickstart.py
+    python recipes/quickstart.py --steps 2000 --run.name longer
+    python recipes/quickstart.py --data.path notes.txt --run.name notes
 """
+
+from dataclasses import replace
 
 from raytron.config import (
     CheckpointConfig,
@@ -16,20 +20,20 @@ from raytron.config import (
     ScalingConfig,
     ScheduleConfig,
     cli,
-)  # fmt: skip
+)
 
 config = PretrainConfig(
     model=ModelConfig(preset="llama-3m"),
-    data=DataConfig(path="runs/quickstart/corpus.jsonl", tokenizer="bpe:4096", sequence_length=256, split="98,2,0"),
+    data=DataConfig(tokenizer="bpe:4096", sequence_length=256, split="98,2,0"),
     parallel=ParallelConfig(tp=2, pp=2),
     optimizer=OptimizerConfig(lr=4e-3, min_lr=4e-4),
-    schedule=ScheduleConfig(kind="cosine", warmup_steps=20),
+    schedule=ScheduleConfig(warmup_steps=10),
     global_batch_size=16,
-    micro_batch_size=4,
-    steps=300,
-    evaluation=EvalConfig(interval=100, batches=8),
+    micro_batch_size=8,
+    steps=120,
+    evaluation=EvalConfig(interval=60, batches=4),
     scaling=ScalingConfig(num_workers=4),
-    run=RunConfig(name="quickstart", checkpoint_config=CheckpointConfig(interval=100)),
+    run=RunConfig(name="quickstart", checkpoint_config=CheckpointConfig(interval=60)),
 )
 
 if __name__ == "__main__":
@@ -39,7 +43,9 @@ if __name__ == "__main__":
     from raytron.inference import sample
     from raytron.models import from_pretrained
 
-    write_stdlib_corpus("runs/quickstart/corpus.jsonl")
+    if not (config.data.path or config.data.blend):
+        corpus = write_stdlib_corpus(f"runs/{config.run.name}/corpus.jsonl")
+        config = replace(config, data=replace(config.data, path=str(corpus)))
     result = pretrain.run(config)
     directory = f"{result.checkpoint.path}/model"
     model, tokenizer = from_pretrained(directory), load_tokenizer(directory)

@@ -1,4 +1,4 @@
-"""The benchmark scripts run, at toy size: what they print are rows, and the GPU script is right and needs torch alone."""
+"""The benchmark scripts run, at toy size: what they print are rows; the GPU script is right and needs torch alone."""
 
 import json
 import os

@@ -272,7 +272,7 @@ def train(name: str, job: Job, compiled: bool, device: torch.device, ceiling: fl
             compile=compiled,
             steps=1000,
         )
-        release(device)
+        release(device, compiled)
         try:
             times, first = step_seconds(job, config, device)
         except torch.OutOfMemoryError:
@@ -282,9 +282,10 @@ def train(name: str, job: Job, compiled: bool, device: torch.device, ceiling: fl
     return None
 
 
-def release(device: torch.device) -> None:
-    """Forget what earlier cases left on the device and in the compiler."""
-    torch.compiler.reset()
+def release(device: torch.device, compiled: bool) -> None:
+    """Forget what earlier cases left on the device, and in the compiler where it is to be used."""
+    if compiled:
+        torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -346,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = list(parity(device, 32 if toy else 256))
     ceiling = gemm_flops(device, 256 if toy else 8192)
     for name, job in jobs(arguments.size).items():
-        for mode in arguments.modes.split(","):
+        for mode in filter(None, arguments.modes.split(",")):
             row = train(name, job, mode == "compiled", device, ceiling)
             rows += [row] if row else []
     if arguments.output or not toy:

@@ -34,7 +34,7 @@ class Loaded:
 
     name: str
     record: dict[str, int | float]
-    bad: tuple[str, ...]
+    bad: dict[str, str]
 
 
 def load_checkpoint(storage: Storage, axis: Axis, engine: Any) -> Loaded | None:
@@ -53,7 +53,7 @@ def load_checkpoint(storage: Storage, axis: Axis, engine: Any) -> Loaded | None:
         manifest, problem = _manifest(storage, axis, name)
         problem = problem or _try(storage / name, axis, engine, manifest)
         if problem is None:
-            return Loaded(name, dict(manifest.record), tuple(bad))
+            return Loaded(name, dict(manifest.record), bad)
         bad[name] = problem
         if axis.index == 0:
             _log.warning("checkpoint %s is damaged (%s); falling back to the one before it", name, problem)

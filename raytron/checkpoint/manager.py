@@ -68,6 +68,7 @@ class CheckpointManager:
 
     Attributes:
         blocked_s: seconds that saves have kept the training waiting, in all.
+        passed_over: what was wrong with each checkpoint that the last `load` found damaged, by name.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class CheckpointManager:
             raise ValueError(f"checkpoint_config.num_to_keep is {keep}; it must be at least 1, or None to keep all")
         self.storage = Storage.open(location)
         self.blocked_s = 0.0
+        self.passed_over: dict[str, str] = {}
         self._keep, self._asynchronous, self._shard_mb = keep, asynchronous, shard_mb
         self._engine: Engine | None = None
         self._plans: Plans | None = None
@@ -196,7 +198,7 @@ class CheckpointManager:
         loaded = load_checkpoint(self.storage, engine.model.world.extra("checkpoint"), engine)
         if loaded is None:
             return None
-        self._bad = set(loaded.bad)
+        self._bad, self.passed_over = set(loaded.bad), loaded.bad
         return loaded.record
 
 

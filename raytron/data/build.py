@@ -119,8 +119,13 @@ def _tokenizer(config: DataConfig, paths: Sequence[str], cache: Path) -> Tokeniz
         )
     directory = cache / f"tokenizer-{_fingerprint(files, 'bpe', size, config.json_key)}"
     if not directory.is_dir():
-        _save_tokenizer(train_bpe(_texts(files, config.json_key, size * _BPE_BYTES_PER_ENTRY), size), directory)
+        _save_tokenizer(train_tokenizer(files, size, config.json_key), directory)
     return load_tokenizer(directory)
+
+
+def train_tokenizer(files: Sequence[Path], vocab_size: int, json_key: str = "text") -> Tokenizer:
+    """A byte-level BPE tokenizer of at most `vocab_size` entries, trained on an even selection of the files' text."""
+    return train_bpe(_texts(files, json_key, vocab_size * _BPE_BYTES_PER_ENTRY), vocab_size)
 
 
 def _texts(files: Sequence[Path], json_key: str, enough: int) -> Iterator[str]:

@@ -119,6 +119,10 @@ def _smoothed(losses: list[float]) -> list[float]:
     return out
 
 
+def _against(gain: float) -> str:
+    return f"; on held-out text the model is {abs(gain):.2f} nats {'better' if gain >= 0 else 'worse'}"
+
+
 def summary_table(
     *,
     name: str,
@@ -139,17 +143,13 @@ def summary_table(
 
     table = Table(title=f"run {name}", title_justify="left", title_style="bold", show_header=False)
     table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table.add_column(overflow="ignore", no_wrap=True)  # a path cut or folded could not be copied
     table.add_row("tokens seen", f"{tokens:,}")
     table.add_row("training loss", f"{first_loss:.3f} at first, {last_loss:.3f} at last")
     if held_out_loss is not None:
         table.add_row("held-out loss", f"{held_out_loss:.3f} (perplexity {math.exp(min(held_out_loss, 700)):.4g})")
     if unigram is not None:
-        gain = (
-            ""
-            if held_out_loss is None
-            else f"; the model is {unigram - held_out_loss:.2f} nats better on held-out text"
-        )
+        gain = "" if held_out_loss is None else _against(unigram - held_out_loss)
         table.add_row("unigram entropy", f"{unigram:.3f}{gain}")
     table.add_row("speed", f"{tokens_per_s:,.0f} tokens/s")
     table.add_row("wall time", short_time(wall_s))

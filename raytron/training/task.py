@@ -62,13 +62,16 @@ class PretrainTask:
         self._train = GlobalBatches(train, size, config.micro_batch_size, length)
         self._valid = GlobalBatches(valid, size, config.micro_batch_size, length) if valid is not None else None
 
-    def load(self) -> dict[str, Any] | None:
-        """Continue from the newest good checkpoint, at whatever layout it was saved. Returns its record, or None."""
+    def load(self) -> tuple[int, list[str]]:
+        """Continue from the newest good checkpoint, at whatever layout it was saved.
+
+        Returns its step, 0 where there is none, and what was wrong with newer ones that were passed over.
+        """
         record = self.checkpoints.load(self.engine)
         if record is not None:
             self.engine.record = record
             self._close_reader()
-        return record
+        return self.engine.counters.step, list(self.checkpoints.passed_over.values())
 
     def train_step(self) -> StepRecord | None:
         """One step of the run; TrainingStopped after too many skipped ones in a row."""
