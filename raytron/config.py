@@ -513,13 +513,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _first_fit(options: tuple, value: Any, where: str) -> Any:
     exact = [o for o in options if isinstance(o, type) and type(value) is o]
-    for option in (*exact, *options):
+    others = [o for o in options if o is not types.NoneType]
+    if value is None and len(others) < len(options):
+        return None
+    for option in (*exact, *others):
         try:
             return _convert(option, value, where)
-        except ValueError as error:
-            last = error
-    if len([o for o in options if o is not types.NoneType]) == 1:
-        raise last
+        except ValueError:
+            if len(others) == 1:
+                raise
     kinds = ("None" if o is types.NoneType else o.__name__ if isinstance(o, type) else str(o) for o in options)
-    expected = " or ".join(kinds)
-    raise ValueError(f"{where} is {value!r}; expected {expected}")
+    raise ValueError(f"{where} is {value!r}; expected {' or '.join(kinds)}")

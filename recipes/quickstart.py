@@ -24,16 +24,16 @@ from raytron.config import (
 
 config = PretrainConfig(
     model=ModelConfig(preset="llama-3m"),
-    data=DataConfig(tokenizer="bpe:4096", sequence_length=256, split="98,2,0"),
+    data=DataConfig(tokenizer="bpe:1024", sequence_length=256, split="98,2,0"),
     parallel=ParallelConfig(tp=2, pp=2),
-    optimizer=OptimizerConfig(lr=4e-3, min_lr=4e-4),
+    optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4),
     schedule=ScheduleConfig(warmup_steps=10),
-    global_batch_size=16,
-    micro_batch_size=8,
-    steps=120,
-    evaluation=EvalConfig(interval=60, batches=4),
+    global_batch_size=8,
+    micro_batch_size=4,
+    steps=180,
+    evaluation=EvalConfig(interval=90, batches=8),
     scaling=ScalingConfig(num_workers=4),
-    run=RunConfig(name="quickstart", checkpoint_config=CheckpointConfig(interval=60)),
+    run=RunConfig(name="quickstart", checkpoint_config=CheckpointConfig(interval=90)),
 )
 
 if __name__ == "__main__":
@@ -49,6 +49,6 @@ if __name__ == "__main__":
     result = pretrain.run(config)
     directory = f"{result.checkpoint.path}/model"
     model, tokenizer = from_pretrained(directory), load_tokenizer(directory)
-    prompt = "def read(self, size=-1):\n"
+    prompt = "class Reader:\n    def read(self, size=-1):\n        "
     text = sample(model, tokenizer.encode(prompt), 100, temperature=0.7, stop=tokenizer.eod)
     print(f"\nThe model continues:\n\n{prompt}{tokenizer.decode(text)}")

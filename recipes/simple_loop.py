@@ -18,7 +18,7 @@ config = TrainConfig(
     micro_batch_size=2,
     steps=50,
 )
-data = DataConfig(mock=True, tokenizer="null:4095", sequence_length=128, cache_path="runs/simple-loop")
+data = DataConfig(mock=True, tokenizer="null:1023", sequence_length=128, cache_path="runs/simple-loop")
 
 if __name__ == "__main__":
     config = cli(config, description=__doc__)

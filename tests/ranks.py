@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import traceback
 from collections.abc import Callable
 from itertools import count
@@ -22,20 +21,20 @@ class RankPool:
 
     def __init__(self, size: int) -> None:
         context = mp.get_context("spawn")
-        self._directory = tempfile.TemporaryDirectory()
+        self._store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
         self._generation = count()
         self._pipes, self._processes = [], []
         for rank in range(size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, theirs, self._store.port), daemon=True)
             process.start()
             self._pipes.append(mine)
             self._processes.append(process)
 
     def run(self, fn: Callable[..., Any], mesh: Mesh, *args: Any) -> list[Any]:
-        path = os.path.join(self._directory.name, f"store-{next(self._generation)}")
+        prefix = f"run{next(self._generation)}"
         for pipe in self._pipes[: mesh.size]:
-            pipe.send((fn, mesh, path, args))
+            pipe.send((fn, mesh, prefix, args))
         answers = [pipe.recv() for pipe in self._pipes[: mesh.size]]
         errors = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(answers) if text]
         assert not errors, "\n".join(errors)
@@ -46,17 +45,16 @@ class RankPool:
             pipe.send(None)
         for process in self._processes:
             process.join()
-        self._directory.cleanup()
 
 
-def _serve(rank: int, pipe) -> None:
+def _serve(rank: int, pipe, port: int) -> None:
     torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
     while (job := pipe.recv()) is not None:
-        fn, mesh, path, args = job
+        fn, mesh, prefix, args = job
         world = None
         try:
-            store = dist.FileStore(path, mesh.size) if mesh.size > 1 else None
-            world = World(mesh, rank, store, timeout=60.0)
+            world = World(mesh, rank, store, timeout=60.0, prefix=prefix)
             answer = (None, fn(world, *args))
         except Exception:
             answer = (traceback.format_exc(), None)

@@ -107,7 +107,8 @@ def test_a_run_that_cannot_fit_is_refused_with_the_numbers(tmp_path):
 def test_bad_data_is_refused(tmp_path):
     def data(name, text, **more):
         (tmp_path / name).write_text(text)
-        return tiny(tmp_path, data=DataConfig(path=str(tmp_path / name), sequence_length=32, **more))
+        bytes_model = ModelConfig(preset="llama-3m", overrides=TINY | {"vocab_size": 257})
+        return tiny(tmp_path, model=bytes_model, data=DataConfig(path=str(tmp_path / name), sequence_length=32, **more))
 
     refused(data("empty.txt", ""), ValueError, "empty.txt")
     refused(data("bad.jsonl", '{"text": "a"}\n{"text": \n'), ValueError, "bad.jsonl", "2")

@@ -26,6 +26,7 @@ LOCAL = {
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 4,
+    "worker_niceness": 0,  # Ray's 15 would let anything else on the machine go before the ranks
 }
 SOCKET_PATH = 107  # bytes of a Unix socket's path
 SOCKET_TAIL = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.12")

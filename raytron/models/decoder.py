@@ -133,11 +133,15 @@ class Decoder(ShardedModel):
             )
         batch, length = tokens_BT.shape
         self.arch.check_sequence(length)
-        seq = self.sequences(batch, length, positions_BT, documents_BT)
+        # Sequence parallelism shares the tokens out evenly; nothing before it sees what is put at the end.
+        padded = length + (-length % self.world.mesh.tp if self.parallel.sequence_parallel else 0)
+        given = (tokens_BT, positions_BT, documents_BT)
+        tokens_BT, positions_BT, documents_BT = (x if x is None else F.pad(x, (0, padded - length)) for x in given)
+        seq = self.sequences(batch, padded, positions_BT, documents_BT)
         x = tokens_BT.reshape(-1)
         for chunk in self.chunks:
             x = chunk(x, seq)
-        return self.gather_logits(x).view(batch, length, -1)
+        return self.gather_logits(x).view(batch, padded, -1)[:, :length]
 
     def gather_logits(self, logits_TVt: Tensor) -> Tensor:
         """[T, Vt] of each tp rank -> [T, V]."""

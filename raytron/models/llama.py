@@ -86,8 +86,9 @@ _SMALL = {"max_position_embeddings": 131072, "rope_scaling": RopeScaling(32.0), 
 
 PRESETS = {
     "llama-3m": DecoderConfig(
-        vocab_size=4096, hidden_size=192, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
-        intermediate_size=512, max_position_embeddings=2048, rope_theta=10000.0, tie_word_embeddings=True,
+        vocab_size=1024, hidden_size=192, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
+        intermediate_size=640, max_position_embeddings=2048, rope_theta=10000.0, tie_word_embeddings=True,
+        initializer_range=0.05,
     ),
     "llama3-8b": _llama(4096, 32, 32, 14336),
     "llama3-70b": _llama(8192, 80, 64, 28672),

@@ -22,8 +22,8 @@ def _native_bf16() -> bool:
     return any(name in flags for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-# Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX, or Arm's BF16); False where nothing says so. A constant
-# and not a function, for torch.compile traces the code that asks.
+# Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX, or Arm's BF16); False where nothing says so. A
+# constant and not a function, for torch.compile traces the code that asks.
 NATIVE_BF16 = _native_bf16()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from raytron.config import TrainConfig
+from raytron.models.layers.attention import LONGEST_MATH
 from raytron.models.registry import family_of
 from raytron.parallel.collectives import World
 from raytron.parallel.mesh import Mesh
@@ -75,8 +76,10 @@ def activation_bytes_per_layer(arch: Any, config: TrainConfig, mesh: Mesh, lengt
     outside = tokens * arch.hidden_size * 10 * width // 2 // share
     heads = arch.num_attention_heads * arch.head_dim + 2 * arch.num_key_value_heads * arch.head_dim
     inside = tokens * (2 * heads + 4 * arch.intermediate_size) * width // mesh.tp
-    scores = 0 if config.recompute.mode == "selective" or length > 1024 else length * arch.num_attention_heads
-    return outside + inside + tokens * scores // mesh.tp * (4 + width)
+    # Short sequences keep attention weights, in fp32: runs of queries by the keys up to their end, 5/8 of the square.
+    short = config.recompute.mode == "none" and length <= LONGEST_MATH
+    scores = tokens * length * arch.num_attention_heads * 4 * 5 // 8 if short else 0
+    return outside + inside + scores // mesh.tp
 
 
 def flops_per_token(arch: Any, length: int) -> float:

@@ -5,9 +5,8 @@ Each rank reads its own samples; whoever drives the run sees only metrics.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,11 +147,12 @@ def sample_counts(config: PretrainConfig) -> tuple[int, int]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most memory this rank has held so far, in bytes: the device's, or the process's on a CPU."""
+    """Most memory this rank has held so far, in bytes: the device's, or the process's on a CPU (0 where unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")  # getrusage's maximum is inherited from whatever process started this one
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def measure_peak_flops(world: World, size: int | None = None, seconds: float = 0.2) -> float:

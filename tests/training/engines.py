@@ -73,3 +73,19 @@ def canonical(engine: TrainEngine, flat: torch.Tensor | None = None) -> dict[tup
         (name, piece.box): flat.as_strided([b - a for a, b in piece.box], piece.strides, piece.offset).clone()
         for name, piece in held
     }
+
+
+def kept_bytes(engine: TrainEngine, batch: MicroBatch) -> int:
+    """What a forward keeps for its backward: each storage once, weights left out."""
+    weights, kept = engine.model.weights.untyped_storage().data_ptr(), {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() != weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = engine._forward(batch, 0, None)
+    assert loss.requires_grad  # its graph has held every storage until here, so that no address came twice
+    return sum(kept.values())

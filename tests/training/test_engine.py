@@ -282,6 +282,18 @@ def test_a_bad_number_skips_the_step_and_its_place_is_named(ranks, mesh, arch, k
         assert (record["consecutive_skips"], record["consumed_samples"]) == (0, 3 * BATCH)
 
 
+def test_a_skipped_step_leaves_no_trace_in_the_ones_that_follow():
+    skipping, other = make(), make()
+    for engine in (skipping, other):
+        engine.step(batches(engine, "untied", 0))
+    undo = spoil_gradient(skipping.model.slots[3].param)
+    assert skipping.step(batches(skipping, "untied", 1)).skipped
+    undo()
+    for engine in (skipping, other):
+        engine.step(batches(engine, "untied", 2))
+    assert torch.equal(skipping.model.weights, other.model.weights)
+
+
 def test_the_gradient_nearest_the_loss_is_named():
     """Of two, and of all that follow: what is upstream is only infected."""
     engine = make(arch="tied", chosen=config())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from raytron.config import RecomputeConfig
 from raytron.parallel.collectives import World
 from raytron.parallel.mesh import Mesh
-from tests.training.engines import batches, canonical, config, make
+from tests.training.engines import batches, canonical, config, kept_bytes, make
 
 KINDS = {
     "none": RecomputeConfig(),
@@ -19,7 +18,7 @@ KINDS = {
 
 
 def gradients(world: World | None, kind: str, parallel: dict):
-    """Gradients over the global batch, and the bytes one forward keeps for its backward."""
+    """Of this rank, over the global batch."""
     engine = make("tied", world, config(recompute=KINDS[kind], parallel=parallel))
     engine.forward_backward(batches(engine, "tied", 1))
     return {key: grad.numpy() for key, grad in canonical(engine, engine.grads).items()}
@@ -42,25 +41,9 @@ def test_it_works_with_a_pipeline_over_cut_layers(ranks, schedule):
             assert all(abs(got[key] - expected[key]).max() == 0 for key in expected), kind
 
 
-def kept_bytes(kind: str) -> int:
-    """Of one forward, each storage once, weights left out."""
-    engine = make("untied", None, config(recompute=KINDS[kind]))
-    weights, kept = engine.model.weights.untyped_storage().data_ptr(), {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() != weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = engine._forward(batches(engine, "untied", 1)[0], 0, None)
-    assert loss.requires_grad
-    return sum(kept.values())
-
-
 def test_the_more_is_recomputed_the_less_is_kept():
-    none, selective, full = (kept_bytes(kind) for kind in ("none", "selective", "full"))
+    engines = [make(chosen=config(recompute=KINDS[kind])) for kind in ("none", "selective", "full")]
+    none, selective, full = (kept_bytes(engine, batches(engine, "untied", 1)[0]) for engine in engines)
     assert full < 0.7 * selective < 0.7 * none
 
 
