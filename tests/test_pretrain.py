@@ -105,15 +105,17 @@ def test_a_run_that_cannot_fit_is_refused_with_the_numbers(tmp_path):
 
 
 def test_bad_data_is_refused(tmp_path):
-    def data(name, text, **more):
-        (tmp_path / name).write_text(text)
-        bytes_model = ModelConfig(preset="llama-3m", overrides=TINY | {"vocab_size": 257})
-        return tiny(tmp_path, model=bytes_model, data=DataConfig(path=str(tmp_path / name), sequence_length=32, **more))
+    bytes_model = ModelConfig(preset="llama-3m", overrides=TINY | {"vocab_size": 257})
 
-    refused(data("empty.txt", ""), ValueError, "empty.txt")
-    refused(data("bad.jsonl", '{"text": "a"}\n{"text": \n'), ValueError, "bad.jsonl", "2")
-    refused(tiny(tmp_path, data=DataConfig()), ValueError, "data.path")
-    refused(tiny(tmp_path, data=DataConfig(path=str(tmp_path / "no.txt"))), ValueError, "no.txt")
+    def reading(name, text=None):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        return tiny(tmp_path, model=bytes_model, data=DataConfig(path=str(tmp_path / name), sequence_length=32))
+
+    refused(reading("empty.txt", ""), ValueError, "empty.txt")
+    refused(reading("bad.jsonl", '{"text": "a"}\n{"text": \n'), ValueError, "bad.jsonl", "2")
+    refused(reading("no.txt"), ValueError, "no.txt")
+    refused(tiny(tmp_path, model=bytes_model, data=DataConfig()), ValueError, "data.path")
 
 
 def test_ray_trains_own_types_are_taken_and_a_finished_run_is_not_overwritten(tmp_path):
