@@ -113,3 +113,38 @@ def test_a_signal_finishes_the_step_saves_and_exits_cleanly(tmp_path, number):
     assert process.wait(timeout=60) == 0, (tmp_path / "stopped.log").read_text()
     last = max(losses(tmp_path, "stopped"))
     assert (tmp_path / "stopped" / "checkpoints" / f"step_{last:08d}").is_dir()
+
+
+def descendants(root: int) -> dict[int, str]:
+    """pid -> command line of everything below `root`."""
+    parents, names = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            names[int(path.name)] = (path / "cmdline").read_text()
+        except OSError:  # it ended while we looked
+            continue
+    found, pending = {}, [root]
+    while pending:
+        pid = pending.pop()
+        children = [child for child, parent in parents.items() if parent == pid]
+        found |= {child: names.get(child, "") for child in children}
+        pending += children
+    return found
+
+
+def test_a_run_survives_a_killed_actor_when_told_to(tmp_path):
+    flags = [*TP2_PP2, "--run.failure-config.max-failures", "1", "--steps", "200"]
+    process = start(tmp_path, "hurt", *flags)
+    deadline = time.monotonic() + 240
+    while max(losses(tmp_path, "hurt"), default=0) < 12:
+        assert process.poll() is None, (tmp_path / "hurt.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    actors = [pid for pid, name in descendants(process.pid).items() if name.startswith("ray::Worker")]
+    assert len(actors) == 4
+    os.kill(random.choice(actors), signal.SIGKILL)
+    log = tmp_path / "hurt.log"
+    assert process.wait(timeout=240) == 0, log.read_text()
+    assert sorted(losses(tmp_path, "hurt")) == list(range(1, 201))
+    assert "failure 1 of 1" in log.read_text()
