@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "EngineConfig",
     "EvalConfig",
     "FailureConfig",
     "GuardConfig",
@@ -321,6 +322,50 @@ class ScalingConfig(Typed):
     def bounds(self) -> tuple[int, int]:
         """(min, max) ranks."""
         return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+
+@dataclass(frozen=True)
+class EngineConfig(Typed):
+    """An inference engine: which model, on which layout, with how much memory."""
+
+    path: str = ""
+    """Hugging Face directory of the model."""
+    engine: Literal["native", "vllm"] = "native"
+    tp: int = 1
+    """Tensor parallel size."""
+    pp: int = 1
+    """Pipeline stages."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is what the model's config.json says."""
+    max_model_len: int | None = None
+    """Tokens of prompt and output together; by default the model's max_position_embeddings."""
+    max_num_seqs: int = 64
+    """Sequences computed together."""
+    max_batched_tokens: int = 1024
+    """Tokens of one step; longer prompts are computed in chunks."""
+    block_size: int = 32
+    """Tokens of a cache block."""
+    kv_cache_mb: float = 512.0
+    """Memory for keys and values, on each rank."""
+    prefix_caching: bool = True
+    """Keep the blocks of finished requests for prompts that begin alike."""
+    reproducible: bool = False
+    """The same bits for the same tokens, whatever they are batched with, and the bits of the trainer's forward."""
+    threads: int | None = None
+    """CPU threads of a rank; by default what torch chooses."""
+    seed: int = 0
+    """Of requests that name none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tp", "pp", "max_num_seqs", "max_batched_tokens", "block_size"):
+            _require(getattr(self, name) >= 1, f"engine.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.kv_cache_mb > 0, f"engine.kv_cache_mb is {self.kv_cache_mb}; it must be positive")
+        _require(
+            self.max_model_len is None or self.max_model_len >= 2,
+            f"engine.max_model_len is {self.max_model_len}; it must be at least 2",
+        )
+        _require(self.threads is None or self.threads >= 1, "engine.threads must be at least 1")
 
 
 @dataclass(frozen=True)

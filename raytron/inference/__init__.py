@@ -1,5 +1,27 @@
-"""Text from a model."""
+"""Text from a model: the engine protocol, the native engine, and vLLM behind the same protocol."""
 
 from raytron.inference.sample import sample
+from raytron.inference.types import (
+    Collector,
+    Completion,
+    Engine,
+    Generation,
+    Output,
+    Request,
+    SamplingParams,
+    Stats,
+    WeightUpdateError,
+)
 
-__all__ = ["sample"]
+__all__ = [
+    "Collector",
+    "Completion",
+    "Engine",
+    "Generation",
+    "Output",
+    "Request",
+    "SamplingParams",
+    "Stats",
+    "WeightUpdateError",
+    "sample",
+]
