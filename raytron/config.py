@@ -37,6 +37,7 @@ __all__ = [
     "RunConfig",
     "ScalingConfig",
     "ScheduleConfig",
+    "ServeConfig",
     "TrainConfig",
     "Typed",
     "cli",
@@ -366,6 +367,51 @@ class EngineConfig(Typed):
             f"engine.max_model_len is {self.max_model_len}; it must be at least 2",
         )
         _require(self.threads is None or self.threads >= 1, "engine.threads must be at least 1")
+
+
+@dataclass(frozen=True)
+class ServeConfig(Typed):
+    """What faces the network: where to listen, who may ask, and how much of it."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every interface of the machine, and then wants `api_keys`."""
+    port: int = 8000
+    """0 takes a free one."""
+    api_keys: tuple[str, ...] = ()
+    """Keys that may ask (`Authorization: Bearer KEY`); where there are any, everything but /health needs one."""
+    admin_key: str | None = None
+    """The key of /admin. Without one, /admin answers only where there are no `api_keys` either."""
+    requests_per_minute: float | None = None
+    """Of one key, or of one address where there are no keys."""
+    tokens_per_minute: float | None = None
+    """Of one key or address, prompt and output together."""
+    max_queue: int = 256
+    """Requests that may wait for their first token at one engine; more are refused with 429 and Retry-After."""
+    max_body_mb: float = 4.0
+    """Largest body of a request; a larger one is refused with 413 as soon as it is seen to be larger."""
+    max_prompts: int = 128
+    """Prompts in one request of /v1/completions, and messages of a chat times 8."""
+    max_connections: int = 2048
+    """Connections open at one time; more get 503."""
+    header_timeout_s: float = 10.0
+    """A connection that takes longer to send the head of a request is closed."""
+    body_timeout_s: float = 30.0
+    """A request whose body takes longer to arrive gets 408."""
+    keep_alive_s: float = 30.0
+    """An idle connection is closed after so long."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 <= self.port < 65536, f"serve.port is {self.port}; it must lie between 0 and 65535")
+        _require(all(self.api_keys) and self.admin_key != "", "serve: a key must not be empty")
+        _require(self.admin_key not in self.api_keys, "serve.admin_key must not be one of serve.api_keys")
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"serve.{name} is {value}; it must be positive, or None for no limit")
+        for name in ("max_queue", "max_prompts", "max_connections"):
+            _require(getattr(self, name) >= 1, f"serve.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("max_body_mb", "header_timeout_s", "body_timeout_s", "keep_alive_s"):
+            _require(getattr(self, name) > 0, f"serve.{name} is {getattr(self, name)}; it must be positive")
 
 
 @dataclass(frozen=True)

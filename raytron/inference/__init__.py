@@ -1,5 +1,6 @@
 """Text from a model: the engine protocol, the native engine, and vLLM behind the same protocol."""
 
+from raytron.inference.loop import EngineFailed, EngineLoop, Overloaded
 from raytron.inference.sample import sample
 from raytron.inference.types import (
     Collector,
@@ -17,8 +18,11 @@ __all__ = [
     "Collector",
     "Completion",
     "Engine",
+    "EngineFailed",
+    "EngineLoop",
     "Generation",
     "Output",
+    "Overloaded",
     "Request",
     "SamplingParams",
     "Stats",
