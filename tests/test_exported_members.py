@@ -14,6 +14,7 @@ PUBLIC = {
     "raytron.checkpoint": ("save_pretrained",),
     "raytron.parallel": ("Mesh", "Layout", "plan"),
     "raytron.training": ("TrainEngine",),
+    "raytron.inference": ("LLM", "SamplingParams", "Engine"),
     "raytron.actors": ("TrainerGroup",),
     "raytron.pretrain": ("run",),
 }

@@ -1,5 +1,8 @@
 """Text from a model: the engine protocol, the native engine, and vLLM behind the same protocol."""
 
+from raytron.inference.engine import NativeEngine
+from raytron.inference.launch import make_engine
+from raytron.inference.llm import LLM
 from raytron.inference.loop import EngineFailed, EngineLoop, Overloaded
 from raytron.inference.sample import sample
 from raytron.inference.types import (
@@ -15,17 +18,20 @@ from raytron.inference.types import (
 )
 
 __all__ = [
+    "LLM",
     "Collector",
     "Completion",
     "Engine",
     "EngineFailed",
     "EngineLoop",
     "Generation",
+    "NativeEngine",
     "Output",
     "Overloaded",
     "Request",
     "SamplingParams",
     "Stats",
     "WeightUpdateError",
+    "make_engine",
     "sample",
 ]

@@ -17,14 +17,21 @@ import torch
 from torch import nn
 
 from raytron.config import ParallelConfig
+from raytron.models import kernels
+from raytron.models.layers import reproducible as layers_reproducible
+from raytron.models.layers.mlp import SwiGLU
+from raytron.models.layers.norm import RMSNorm
 from raytron.parallel.collectives import World
 from raytron.parallel.layout import Layout, Piece, Place, Spec
 from raytron.parallel.mesh import Mesh
 from raytron.parallel.tensor import ParallelLinear, initialize_
-from raytron.precision import linear
+from raytron.precision import NATIVE_BF16, linear
 
 __all__ = ["ShardedModel", "Slot", "chunk_layers"]
 
+# Up to so many rows our own product is faster than the library's; bf16 weights are widened as they are read, where the
+# library would widen all of them first.
+FEW_ROWS = {torch.float32: 8, torch.bfloat16: 2 if NATIVE_BF16 else 64}
 ALIGN = 64  # elements: slots start on a cache line in every dtype
 
 
@@ -44,6 +51,11 @@ def chunk_layers(layers: int, stages: int, virtual: int, given: tuple[int, ...] 
     counts = given or tuple(layers // chunks + (i < layers % chunks) for i in range(chunks))
     starts = [sum(counts[:i]) for i in range(chunks)]
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+
+
+def fast_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b, without gradients, by whatever is fastest for so many rows."""
+    return (kernels.linear if x.shape[0] <= FEW_ROWS[x.dtype] else linear)(x, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,7 @@ class ShardedModel(nn.Module):
         weights: flat buffer; every parameter is a view of it.
         slots: parameter by parameter, in buffer order. decay_end: where matrices end and norms and biases begin.
         compute_dtype: dtype of rotary tables.
+        reproducible: whether every forward gives a token the same bits, see `use_kernels`.
     """
 
     def __init__(
@@ -89,6 +102,7 @@ class ShardedModel(nn.Module):
         self.arch, self.world = arch, world or World.single()
         self.parallel = parallel or ParallelConfig()
         self.compute_dtype = dtype
+        self.reproducible = False
         device = self.world.device if device is None else torch.device(device)
         with torch.device("meta"):
             self.chunks = nn.ModuleList(self.make_chunks(self.world))
@@ -97,6 +111,33 @@ class ShardedModel(nn.Module):
                 module.product = linear
         self.prepare()
         self._flatten(dtype, device)
+
+    def use_kernels(self, reproducible: bool) -> ShardedModel:
+        """Compute with the CPU's inference kernels, from now on.
+
+        reproducible: always, so that a token's bits depend on nothing but the tokens before it, with gradients too; the
+        trainer and the engine then agree to the bit. Otherwise where they are faster, without gradients.
+
+        Raises ValueError for `reproducible` where the kernels do not run: on a GPU, in other dtypes than fp32 and bf16,
+        without a C compiler.
+        """
+        if not kernels.usable(self.weights):
+            if reproducible:
+                raise ValueError(
+                    "reproducible mode needs the CPU kernels: a model in fp32 or bf16 on the CPU, and a C compiler "
+                    f"(gcc); this one is {self.dtype_name} on {self.weights.device}"
+                )
+            return self
+        chosen = layers_reproducible if reproducible else kernels
+        for module in self.chunks.modules():
+            if isinstance(module, ParallelLinear):
+                module.product = chosen.linear if reproducible else fast_linear
+            elif isinstance(module, RMSNorm):
+                module.kernel = chosen.rms_norm
+            elif isinstance(module, SwiGLU):
+                module.kernel = chosen.swiglu
+        self.reproducible = reproducible
+        return self
 
     def make_chunks(self, world: World) -> list[nn.Module]:
         """The chunks that `world`'s rank holds, built on the meta device. Families define this."""

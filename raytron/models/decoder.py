@@ -18,6 +18,7 @@ from raytron.models.base import ShardedModel, chunk_layers
 from raytron.models.layers.attention import Attention, Sequences
 from raytron.models.layers.mlp import SwiGLU
 from raytron.models.layers.norm import RMSNorm
+from raytron.models.layers.reproducible import ReproducibleSequences
 from raytron.models.layers.rotary import frequencies, rotary_table
 from raytron.parallel.collectives import Axis, World, gather_rows
 from raytron.parallel.tensor import VocabParallelEmbedding, VocabParallelHead
@@ -66,7 +67,25 @@ class Chunk(nn.Module):
         x = self.embed(x) if self.first else x
         for layer in self.layers:
             x = layer(x, seq)
-        return self.head(self.norm(x)) if self.last else x
+        if not self.last:
+            return x
+        return self.head(self.norm(x if seq.wanted is None else x[seq.wanted]))
+
+
+def document_starts(batch: int, length: int, positions_BS: Tensor | None, documents_BS: Tensor | None) -> Tensor:
+    """bool [B * S], where a row or a document begins. ValueError unless positions are counted from there."""
+    first = torch.zeros(batch, length, dtype=torch.bool)
+    first[:, 0] = True
+    if documents_BS is not None:
+        first[:, 1:] |= documents_BS[:, 1:] != documents_BS[:, :-1]
+    index = torch.arange(length).expand(batch, -1)
+    expected = index - torch.where(first, index, 0).cummax(dim=1).values
+    if not torch.equal(expected, index if positions_BS is None else positions_BS.long()):
+        raise ValueError(
+            "reproducible mode counts positions from the start of every document; set data.reset_position_ids with "
+            "data.document_mask, or neither of them"
+        )
+    return first.flatten()
 
 
 class Decoder(ShardedModel):
@@ -95,10 +114,12 @@ class Decoder(ShardedModel):
 
     def sequences(
         self, batch: int, length: int, positions_BS: Tensor | None = None, documents_BS: Tensor | None = None
-    ) -> Sequences:
+    ) -> Sequences | ReproducibleSequences:
         """What the layers must know of a micro-batch: rotary table at `positions_BS` (default 0..S-1), and the mask.
 
         With `documents_BS` (an id per token) attention does not cross documents.
+
+        Raises ValueError in reproducible mode for positions that are not counted from the start of a document.
         """
         device = self.weights.device
         if positions_BS is None:
@@ -114,7 +135,21 @@ class Decoder(ShardedModel):
             other = documents_BS[:, :, None] != documents_BS[:, None, :]
             future = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
             blocked = (other | future).unsqueeze(1)
-        return Sequences(batch, length, cos, sin, blocked)
+        plain = Sequences(batch, length, cos, sin, blocked)
+        if not self.reproducible:
+            return plain
+        starts = document_starts(batch, length, positions_BS, documents_BS)
+        return ReproducibleSequences(plain, *self.rotary(length), starts)
+
+    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions 0..length-1, fp32 [length, head_dim / 2] each: what the inference kernels take."""
+        angle = torch.outer(torch.arange(length, dtype=torch.float32), self._inverse).to(self.weights.device)
+        return angle.cos(), angle.sin()
+
+    @property
+    def cached_layers(self) -> list[Attention]:
+        """The layers that keep keys and values, in model order: what the inference engine makes caches for."""
+        return [layer.attention for chunk in self.chunks for layer in chunk.layers]
 
     def prepare(self) -> None:
         self._inverse = frequencies(self.arch.head_dim, self.arch.rope_theta, self.arch.rope_scaling)

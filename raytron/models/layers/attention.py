@@ -29,10 +29,11 @@ SMALLEST_BLOCK = 64
 
 @dataclass(frozen=True)
 class Sequences:
-    """What the layers must know of the micro-batch besides hidden states.
+    """What the layers must know of a training micro-batch besides hidden states; `PagedSequences` is inference's.
 
     batch, length: B and S; cos, sin: rotary table [S, 1, d] or [B, S, 1, d];
     blocked: None for plain causal attention, else bool [B, 1, S, S], true where attention is forbidden.
+    wanted: rows the head is asked for; None is all of them.
     """
 
     batch: int
@@ -40,6 +41,15 @@ class Sequences:
     cos: Tensor
     sin: Tensor
     blocked: Tensor | None = None
+    wanted: Tensor | None = None
+
+    def attend(self, layer: Attention, qk_THd: Tensor, v_TKd: Tensor) -> Tensor:
+        """Queries and keys [T, N + K, d] turned by their positions, values [T, K, d] -> [T, N * d]."""
+        N, K, d = layer.heads, layer.groups, layer.head_dim
+        qk = qk_THd.view(self.batch, self.length, N + K, d)
+        q, k = rotate(qk, self.cos.to(qk.dtype), self.sin.to(qk.dtype)).split((N, K), dim=2)
+        out = layer.core_attention(q, k, v_TKd.view(self.batch, self.length, K, d), self.blocked)
+        return out.reshape(self.batch * self.length, N * d)
 
 
 class CoreAttention(nn.Module):
@@ -174,12 +184,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         N, K, d = self.heads, self.groups, self.head_dim
-        qkv = self.qkv(x).view(seq.batch, seq.length, N + 2 * K, d)
+        qkv = self.qkv(x).view(-1, N + 2 * K, d)
         if self.q_norm is None:
-            qk, v = qkv.split((N + K, K), dim=2)
+            qk, v = qkv.split((N + K, K), dim=1)
         else:
-            q, k, v = qkv.split((N, K, K), dim=2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        q, k = rotate(qk, seq.cos.to(qk.dtype), seq.sin.to(qk.dtype)).split((N, K), dim=2)
-        out = self.core_attention(q, k, v, seq.blocked)
-        return self.out(out.reshape(seq.batch * seq.length, N * d))
+            q, k, v = qkv.split((N, K, K), dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        return self.out(seq.attend(self, qk, v))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,12 @@ __all__ = ["SwiGLU"]
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up fused in one product. Forward: x_TD -> y_TD."""
+    """down(silu(gate(x)) * up(x)), gate and up fused in one product. Forward: x_TD -> y_TD.
+
+    `kernel`: [gate | up] -> silu(gate) * up in place of torch's operations, see `ShardedModel.use`.
+    """
+
+    kernel: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, prefix: str, arch: DecoderConfig, tp: Axis, sequence_parallel: bool) -> None:
         super().__init__()
@@ -39,7 +46,8 @@ class SwiGLU(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(_SwiGLU.apply(self.gate_up(x)))
+        gate_up = self.gate_up(x)
+        return self.down(_SwiGLU.apply(gate_up) if self.kernel is None else self.kernel(gate_up))
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,13 +18,18 @@ class RMSNorm(Replicated):
     """x / rms(x) * weight over the last dim; statistics in fp32 for half-precision input.
 
     `partial`: each tp rank normalises only some tokens or heads, so the weight's gradients are summed over tp.
+    `kernel`: (x, weight, eps) -> y in place of torch's operations, see `ShardedModel.use`.
     """
+
+    kernel: Callable[[Tensor, Tensor, float], Tensor] | None = None
 
     def __init__(self, name: str, size: int, eps: float, tp: Axis, *, partial: bool) -> None:
         super().__init__(f"{name}.weight", (size,), tp, partial=partial)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is not None:
+            return self.kernel(x, self.weight, self.eps)
         if x.is_cuda:
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps)

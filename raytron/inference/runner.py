@@ -1,0 +1,227 @@
+"""One rank's part of a step: inputs in, logits of the rows that are asked for out.
+
+Rank 0 decides; the other ranks of a tensor- or pipeline-parallel engine wait for its orders in `follow`. An order is
+one broadcast of a few hundred integers (two where it is longer); hidden states go from stage to stage, and the last
+stage's logits to rank 0, which samples. Nothing else has to agree: the caches' blocks have the same numbers on every
+rank.
+
+Legend: T tokens of the step, S rows of the block tables, W rows of logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raytron.config import EngineConfig
+from raytron.inference.types import WeightUpdateError
+from raytron.models import load_weights
+from raytron.models.base import ShardedModel, rank_name
+from raytron.models.layers.cache import PagedSequences, block_bytes, make_caches
+from raytron.parallel.layout import only
+
+__all__ = ["Runner", "Step"]
+
+log = logging.getLogger(__name__)
+
+_INLINE = 2048  # integers an order carries in its first message
+_STEP, _TENSOR, _PATH, _STOP = range(4)
+
+
+class Step(NamedTuple):
+    """Inputs of a step, int32: tokens, rows of `tables` and positions [T]; tables [S, width]; wanted rows [W]."""
+
+    tokens: np.ndarray
+    sequence: np.ndarray
+    position: np.ndarray
+    tables: np.ndarray
+    wanted: np.ndarray
+
+
+class Runner:
+    """One rank of an engine.
+
+    Args:
+        model: this rank's part.
+        config: how large the cache is.
+        max_len: tokens of the longest sequence.
+
+    Attributes:
+        blocks: of the cache, the same on every rank.
+    """
+
+    def __init__(self, model: ShardedModel, config: EngineConfig, max_len: int) -> None:
+        self.model, self.world = model, model.world
+        layers, dtype = model.cached_layers, model.weights.dtype
+        self.blocks = self._agree(int(config.kv_cache_mb * 2**20) // block_bytes(layers, config.block_size, dtype))
+        # More than all sequences could ever hold would never be written.
+        self.blocks = min(self.blocks, -(-max_len // config.block_size) * config.max_num_seqs)
+        self._caches = make_caches(layers, self.blocks, config.block_size, dtype, model.weights.device)
+        self._rotary = model.rotary(max_len)
+        self._held = only(model.layout(), places=[rank_name(self.world.rank)])
+
+    def _agree(self, blocks: int) -> int:
+        """The fewest that any rank has room for."""
+        return int(self.world.axis("world").all_reduce_(torch.tensor([blocks]), "min"))
+
+    # Orders, rank 0
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Tensor:
+        """Logits [W, V] of the wanted rows. Rank 0."""
+        if self.world.mesh.size > 1:
+            arrays = (step.tokens, step.sequence, step.position, step.tables.ravel(), step.wanted)
+            sizes = (len(step.tokens), *step.tables.shape, len(step.wanted))
+            self._tell(_STEP, sizes, np.concatenate(arrays))
+        return self._forward(step)
+
+    def update(self, weights: Mapping[str, Tensor]) -> None:
+        """New values of some canonical tensors, whole; cast to the model's dtype. Rank 0.
+
+        Raises WeightUpdateError for an unknown name or another shape, before anything is changed.
+        """
+        known = [(name, tensor) for name, tensor in weights.items() if self._check(name, tensor)]
+        for name, tensor in known:
+            tensor = tensor.to(self.model.weights.dtype).contiguous()
+            if self.world.mesh.size > 1:
+                text = np.frombuffer(name.encode(), dtype=np.uint8).astype(np.int32)
+                self._tell(_TENSOR, (len(text),), text)
+                self.world.axis("world").broadcast_(tensor)
+            self._fill(name, tensor)
+
+    def update_from(self, path: str) -> None:
+        """All weights from a Hugging Face directory; every rank reads its own part. Rank 0.
+
+        Raises WeightUpdateError if a rank could not.
+        """
+        if self.world.mesh.size > 1:
+            text = np.frombuffer(path.encode(), dtype=np.uint8).astype(np.int32)
+            self._tell(_PATH, (len(text),), text)
+        self._load(path)
+
+    def stop(self) -> None:
+        """Let the other ranks leave `follow`. Rank 0."""
+        if self.world.mesh.size > 1:
+            self._tell(_STOP, (), np.zeros(0, np.int32))
+
+    def _tell(self, kind: int, sizes: tuple[int, ...], payload: np.ndarray) -> None:
+        message = torch.zeros(_INLINE, dtype=torch.int32)
+        message[: 2 + len(sizes)] = torch.tensor((kind, len(payload), *sizes))
+        inline = len(payload) <= _INLINE - 8
+        data = torch.from_numpy(payload.astype(np.int32))
+        if inline:
+            message[8 : 8 + len(data)] = data
+        axis = self.world.axis("world")
+        axis.broadcast_(message)
+        if not inline:
+            axis.broadcast_(data)
+
+    # Orders, the other ranks
+
+    def follow(self) -> None:
+        """Carry out rank 0's orders until it says stop."""
+        axis = self.world.axis("world")
+        while True:
+            message = torch.zeros(_INLINE, dtype=torch.int32)
+            axis.broadcast_(message)
+            kind, length, *sizes = message[:8].tolist()
+            payload = message[8 : 8 + length]
+            if length > _INLINE - 8:
+                payload = axis.broadcast_(torch.zeros(length, dtype=torch.int32))
+            if kind == _STOP:
+                return
+            if kind == _STEP:
+                self._follow_step(payload.numpy(), *sizes[:4])
+            else:
+                text = payload.numpy().astype(np.uint8).tobytes().decode()
+                self._follow_update(text, kind)
+
+    @torch.inference_mode()
+    def _follow_step(self, payload: np.ndarray, T: int, S: int, width: int, W: int) -> None:
+        ends = np.cumsum((T, T, T, S * width, W))
+        tokens, sequence, position, tables, wanted = np.split(payload, ends[:-1])
+        self._forward(Step(tokens, sequence, position, tables.reshape(S, width), wanted))
+
+    def _follow_update(self, text: str, kind: int) -> None:
+        if kind == _TENSOR:
+            tensor = torch.empty(self._specs()[text].shape, dtype=self.model.weights.dtype)
+            self._fill(text, self.world.axis("world").broadcast_(tensor))
+            return
+        try:
+            self._load(text)
+        except WeightUpdateError:
+            log.exception("rank %d could not load %s", self.world.rank, text)
+
+    # The work itself, every rank
+
+    def _forward(self, step: Step) -> Tensor | None:
+        model, axis, device = self.model, self.world.axis("pp"), self.model.weights.device
+        to = lambda x: torch.from_numpy(x).to(device)  # noqa: E731
+        rows = len(step.wanted)
+        last_of_all = axis.index == axis.size - 1
+        wanted = None if rows == len(step.tokens) else to(step.wanted).long()
+        seq = PagedSequences(to(step.sequence), to(step.position), to(step.tables), self._caches, *self._rotary, wanted)
+        if axis.index == 0:
+            x = to(step.tokens)
+        else:
+            x = torch.empty((len(step.tokens), model.arch.hidden_size), dtype=model.weights.dtype, device=device)
+            axis.irecv(x, axis.index - 1).wait()
+        for chunk in model.chunks:
+            x = chunk(x, seq)
+        if not last_of_all:
+            axis.isend(x, axis.index + 1).wait()
+            return self._receive(rows) if axis.index == 0 and self.world.coords.tp == 0 and rows else None
+        if not rows:
+            return None
+        logits = model.gather_logits(x)
+        if axis.size > 1 and self.world.coords.tp == 0:
+            axis.isend(logits.contiguous(), 0).wait()
+        return logits
+
+    def _receive(self, rows: int) -> Tensor:
+        axis, model = self.world.axis("pp"), self.model
+        logits = torch.empty((rows, model.arch.vocab_size), dtype=model.weights.dtype, device=model.weights.device)
+        axis.irecv(logits, axis.size - 1).wait()
+        return logits
+
+    def _check(self, name: str, tensor: Tensor) -> bool:
+        """Whether the model keeps such a tensor (a tied head's second name and rotary buffers are passed over)."""
+        spec = self._specs().get(name)
+        if spec is None:
+            if name.endswith("rotary_emb.inv_freq") or (
+                name == "lm_head.weight" and self.model.arch.tie_word_embeddings
+            ):
+                return False
+            raise WeightUpdateError(f"{name}: the model has no such tensor")
+        if tuple(tensor.shape) != tuple(spec.shape):
+            raise WeightUpdateError(f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(spec.shape)}")
+        return True
+
+    def _specs(self) -> Mapping:
+        return self.model.layout().tensors
+
+    def names(self) -> frozenset[str]:
+        """Canonical names of all the model's tensors."""
+        return frozenset(self._specs())
+
+    def _fill(self, name: str, tensor: Tensor) -> None:
+        flat = self.model.weights
+        for piece in self._held.pieces.get(name, ()):
+            size = [stop - start for start, stop in piece.box]
+            box = tuple(slice(start, stop) for start, stop in piece.box)
+            flat.as_strided(size, piece.strides, piece.offset).copy_(tensor[box])
+
+    def _load(self, path: str) -> None:
+        problem = None
+        try:
+            load_weights(self.model, path)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        failed = self.world.axis("world").all_reduce_(torch.tensor([float(problem is not None)]))
+        if failed:
+            raise WeightUpdateError(problem or f"another rank could not load {path}; its log says why")

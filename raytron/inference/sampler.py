@@ -1,0 +1,220 @@
+"""Tokens from logits, for a whole batch at once.
+
+Chance comes as one number in [0, 1) per token, a hash of (the request's seed, how many tokens the sequence has), and
+picks the token at which the cumulative probability passes it. So a sequence's tokens depend on its own logits and seed
+only, never on what it was computed with, and a preempted sequence goes on as if nothing had been.
+
+Legend: B sequences of the step, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raytron.inference.types import SamplingParams
+
+__all__ = ["Draw", "History", "Picked", "pick", "uniform"]
+
+
+@dataclass(slots=True)
+class Draw:
+    """One sequence's part of a draw.
+
+    slot: its row in `History`. position: tokens of its output so far. forbidden: ids it may not end with yet.
+    """
+
+    params: SamplingParams
+    seed: int
+    slot: int
+    position: int
+    forbidden: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Picked:
+    """tokens, logprobs: one for each sequence. top: id -> log-probability of the likeliest, where asked for."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    top: list[dict[int, float] | None]
+
+
+def pick(logits_BV: Tensor, draws: Sequence[Draw], history: History, allowed: Tensor | None = None) -> Picked:
+    """Choose a token for every row.
+
+    Args:
+        logits_BV: of the model, any float dtype.
+        allowed: bool [B, V], what a constraint permits.
+
+    Log-probabilities are of the model's own distribution; penalties, bias and temperature only guide the choice.
+    """
+    logits = logits_BV.float()
+    logs = torch.log_softmax(logits, -1)
+    plain = [_plain(draw) for draw in draws]
+    if all(plain) and allowed is None:
+        tokens = logits.argmax(-1)
+    else:
+        tokens = _choose(_guided(logits, draws, history, allowed), draws)
+    chosen = logs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return Picked(tokens.tolist(), chosen.tolist(), _top(logs, [draw.params.logprobs for draw in draws]))
+
+
+def _plain(draw: Draw) -> bool:
+    """Whether the likeliest token as the model has it is the answer."""
+    p = draw.params
+    return (
+        p.temperature == 0.0
+        and p.repetition_penalty == 1.0
+        and p.presence_penalty == p.frequency_penalty == 0.0
+        and not p.logit_bias
+        and not draw.forbidden
+    )
+
+
+def _top(logs_BV: Tensor, wanted: Sequence[int | None]) -> list[dict[int, float] | None]:
+    most = max((n for n in wanted if n is not None), default=0)
+    if not most:
+        return [None if n is None else {} for n in wanted]
+    values, ids = (x.tolist() for x in logs_BV.topk(min(most, logs_BV.shape[1])))
+    return [
+        None if n is None else dict(zip(i[:n], v[:n], strict=True)) for n, i, v in zip(wanted, ids, values, strict=True)
+    ]
+
+
+def top_logprobs(logs_TV: Tensor, count: int) -> list[dict[int, float]]:
+    """The `count` likeliest of every row: id -> log-probability."""
+    return _top(logs_TV, [count] * logs_TV.shape[0])
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+
+
+def _guided(logits: Tensor, draws: Sequence[Draw], history: History, allowed: Tensor | None) -> Tensor:
+    """Logits after penalties, bias and what is forbidden."""
+    logits = logits.clone()
+    params = [draw.params for draw in draws]
+    history.penalise(logits, [draw.slot for draw in draws], params)
+    rows, ids, values = [], [], []
+    for row, draw in enumerate(draws):
+        bias = draw.params.logit_bias
+        rows += [row] * (len(bias) + len(draw.forbidden))
+        ids += [*bias, *draw.forbidden]
+        values += [*bias.values(), *[-torch.inf] * len(draw.forbidden)]
+    if rows:
+        where = torch.tensor((rows, ids), device=logits.device)
+        logits.index_put_((where[0], where[1]), logits.new_tensor(values), accumulate=True)
+    if allowed is not None:
+        logits.masked_fill_(~allowed, -torch.inf)
+    return logits
+
+
+def _choose(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The likeliest of greedy rows, a draw of the others; int64 [B]."""
+    best = logits.argmax(-1)
+    rows = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
+    if not rows:
+        return best
+    chance = [draws[row] for row in rows]
+    at = torch.tensor(rows, device=logits.device)
+    best[at] = _draw(logits[at], chance)
+    return best
+
+
+def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    params = [draw.params for draw in draws]
+    logits = logits / _column([p.temperature for p in params], logits)
+    u = _column(uniform([d.seed for d in draws], [d.position for d in draws]), logits)
+    if all(p.top_k <= 0 and p.top_p >= 1.0 and p.min_p <= 0.0 for p in params):
+        return _invert(torch.softmax(logits, -1), u)
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = torch.softmax(values, -1)
+    before = probabilities.cumsum(-1) - probabilities
+    rank = torch.arange(values.shape[1], device=values.device)
+    keep = before < _column([p.top_p for p in params], values)
+    keep &= rank < _column([p.top_k if p.top_k > 0 else values.shape[1] for p in params], values)
+    keep &= probabilities >= _column([p.min_p for p in params], values) * probabilities[:, :1]
+    keep[:, 0] = True
+    return ids.gather(1, _invert(probabilities * keep, u).unsqueeze(1)).squeeze(1)
+
+
+def _invert(weights: Tensor, u: Tensor) -> Tensor:
+    """The first index at which the cumulative weight exceeds u times the whole: one of weight above zero."""
+    total = weights.double().cumsum(-1)
+    index = (total <= u.double() * total[:, -1:]).sum(-1)
+    last = weights.shape[1] - 1 - (weights > 0).flip(-1).byte().argmax(-1)  # rounding must not pick past the end
+    return torch.minimum(index, last)
+
+
+def uniform(seeds: Sequence[int], positions: Sequence[int]) -> list[float]:
+    """A number in [0, 1) for each (seed, position), 24 bits: SplitMix64 (Steele et al. 2014) of the two."""
+    seed = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], dtype=np.uint64)
+    x = _mix(seed) ^ np.array(positions, dtype=np.uint64)
+    return ((_mix(x) >> np.uint64(40)).astype(np.float64) * 2.0**-24).tolist()
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class History:
+    """What each running sequence has said, for penalties: kept only for those that ask, a row a slot.
+
+    counts: int32 [slots, V], how often a token stands in the output; seen: bool, in prompt or output.
+    """
+
+    def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
+        self._shape, self._device = (slots, vocab_size), device
+        self._counts: Tensor | None = None
+        self._seen: Tensor | None = None
+        self._owner: list[object] = [None] * slots
+
+    @staticmethod
+    def needed(params: SamplingParams) -> bool:
+        """Whether a request has penalties."""
+        return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+    def holds(self, slot: int, owner: object) -> bool:
+        """Whether the slot's row is this sequence's."""
+        return self._owner[slot] is owner
+
+    def begin(self, slot: int, owner: object, prompt: Sequence[int], output: Sequence[int]) -> None:
+        """A sequence takes a slot."""
+        self._owner[slot] = owner
+        if self._counts is None:
+            self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+            self._seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
+        self._counts[slot] = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=self._shape[1]).to(
+            self._counts
+        )
+        self._seen[slot] = self._counts[slot] > 0
+        self._seen[slot, torch.tensor(prompt, dtype=torch.int64, device=self._device)] = True
+
+    def extend(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """Sequences said one more token each."""
+        if slots:
+            where = torch.tensor((slots, tokens), device=self._device)
+            self._counts[where[0], where[1]] += 1
+            self._seen[where[0], where[1]] = True
+
+    def penalise(self, logits: Tensor, slots: Sequence[int], params: Sequence[SamplingParams]) -> None:
+        """Apply the penalties of the rows that have any, in place."""
+        rows = [row for row, p in enumerate(params) if self.needed(p)]
+        if not rows:
+            return
+        mine = [params[row] for row in rows]
+        at, slot = (torch.tensor(x, device=logits.device) for x in (rows, [slots[row] for row in rows]))
+        counts, seen, values = self._counts[slot], self._seen[slot], logits[at]
+        repetition = _column([p.repetition_penalty for p in mine], logits)
+        values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
+        values -= _column([p.frequency_penalty for p in mine], logits) * counts
+        values -= _column([p.presence_penalty for p in mine], logits) * (counts > 0)
+        logits[at] = values
