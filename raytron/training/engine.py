@@ -318,7 +318,7 @@ class TrainEngine:
             counts = self.forward_backward(batches)
         with self._timed("vote"):
             vote = self.vote(counts)
-        culprit = find_culprit(self.model, self.grads, self.world) if vote.skip == "non-finite" else None
+        culprit = self._culprit(counts) if vote.skip == "non-finite" else None
         lr = learning_rate(self.counters.step, self.config.steps, self.config.optimizer, self.config.schedule)
         if vote.skip is None:
             with self._timed("update"):
@@ -326,6 +326,13 @@ class TrainEngine:
             with self._timed("gather"):
                 self.gather()
         return self.publish(vote, lr, culprit)
+
+    def _culprit(self, counts: Tensor) -> Culprit | None:
+        """What went bad first. Besides the loss, what ZeRO left of this replica's own gradients says whose it was."""
+        edges = [0, *(edge for interval in self.intervals for edge in interval), self.grads.numel()]
+        own = [counts, *(self.grads[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))]
+        at_fault = not all(torch.isfinite(numbers).all() for numbers in own)
+        return find_culprit(self.model, self.grads, self.world, at_fault)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -66,32 +66,45 @@ class Guard:
 
 @dataclass(frozen=True)
 class Culprit:
-    """The first non-finite tensor found: a weight if any is, else the gradient nearest the loss."""
+    """The first non-finite tensor found: a weight if any is, else the gradient nearest the loss.
+
+    peers: ranks of other data-parallel replicas that may have computed it instead, for the sum does not tell.
+    """
 
     kind: str
     name: str
     rank: int
+    peers: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.kind} of {self.name} on rank {self.rank}"
+        or_else = f" or its data-parallel peer {', '.join(map(str, self.peers))}" if self.peers else ""
+        return f"{self.kind} of {self.name} on rank {self.rank}{or_else}"
 
 
-def find_culprit(model: ShardedModel, grads: Tensor, world: World) -> Culprit | None:
+def find_culprit(model: ShardedModel, grads: Tensor, world: World, at_fault: bool) -> Culprit | None:
     """Ask every rank for its first non-finite tensor and agree on the one that went bad first. Collective.
 
     Gradients turn bad from the loss backwards, so the parameter nearest the loss is the first; a weight that is already
     bad comes before any gradient. None where only the loss is bad.
+
+    at_fault: this rank knows that its own replica's numbers were bad before they were added to others'. Looking at all
+    gradients before every reduction would tell always, and cost every step a pass over them.
     """
     code, name = _first_bad(model, grads)
-    axis = world.axis("world")
     text = name.encode()[:200].ljust(200)
-    row = torch.tensor([[code, *text]], dtype=torch.int64)
-    rows = axis.all_gather(row)
-    rank = int(rows[:, 0].argmin())
-    if rows[rank, 0] == _NONE:
+    rows = world.axis("world").all_gather(torch.tensor([[code, at_fault, *text]], dtype=torch.int64))
+    replicas = [world.mesh.coords(rank).dp for rank in range(world.mesh.size)]
+    guilty = {replica for replica, row in zip(replicas, rows, strict=True) if row[1]}
+    found = [int(row[0]) for row in rows]
+    asked = [r for r, dp in enumerate(replicas) if dp in guilty and found[r] != _NONE] if min(found) >= 0 else []
+    rank = min(asked or range(len(found)), key=found.__getitem__)
+    if found[rank] == _NONE:
         return None
-    name = bytes(rows[rank, 1:].tolist()).decode().rstrip()
-    return Culprit("weight" if rows[rank, 0] < 0 else "gradient", name, rank)
+    name = bytes(rows[rank, 2:].tolist()).decode().rstrip()
+    if found[rank] < 0:
+        return Culprit("weight", name, rank)
+    peers = () if asked else tuple(peer for peer in world.mesh.group("dp", rank) if peer != rank)
+    return Culprit("gradient", name, rank, peers)
 
 
 _NONE = 2**40

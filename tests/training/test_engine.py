@@ -265,6 +265,8 @@ def run_spoiled(world: World, arch: str, chosen: TrainConfig, where: int, tensor
         (Mesh(pp=2, tp=2), "tied", "weight", "model.layers.3.mlp.down_proj.weight", 3),
         (Mesh(pp=2, tp=2), "tied", "gradient", "model.layers.1.mlp.down_proj.weight", 1),
         (Mesh(dp=2), "untied", "weight", "lm_head.weight", 1),
+        (Mesh(dp=2), "untied", "gradient", "model.layers.1.mlp.down_proj.weight", 1),
+        (Mesh(dp=2, tp=2), "tied", "gradient", "model.layers.2.mlp.down_proj.weight", 3),
         (Mesh(tp=4), "tied", "weight", "model.norm.weight", 2),  # two ranks hold only padding of the vocabulary
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -280,6 +282,23 @@ def test_a_bad_number_skips_the_step_and_its_place_is_named(ranks, mesh, arch, k
         assert recovered is None
         assert (record["step"], record["updates"], record["skipped"], record["nan_steps"]) == (3, 2, 1, 1)
         assert (record["consecutive_skips"], record["consumed_samples"]) == (0, 3 * BATCH)
+
+
+def run_without_zero(world: World, spoil_logits: bool):
+    """A replica goes bad, and nothing of its gradients is left but the sum over dp."""
+    engine = make("untied", world, config(parallel={"zero": False, "tp": world.mesh.tp}))
+    chunk = engine.model.chunks[-1]
+    if world.coords.dp and spoil_logits:
+        chunk.head.register_forward_hook(lambda module, given, logits: logits * torch.nan)
+    elif world.coords.dp:
+        spoil_gradient(chunk.norm.weight)
+    return engine.step(batches(engine, "untied", 0)).culprit
+
+
+def test_without_zero_a_bad_loss_tells_the_replica_and_else_all_are_named(ranks):
+    unknown = "gradient of model.norm.weight on rank 0 or its data-parallel peer 1"
+    assert ranks.run(run_without_zero, Mesh(dp=2), False) == [unknown] * 2
+    assert ranks.run(run_without_zero, Mesh(dp=2, tp=2), True) == ["gradient of lm_head.weight on rank 2"] * 4
 
 
 def test_a_skipped_step_leaves_no_trace_in_the_ones_that_follow():

@@ -66,12 +66,12 @@ def test_it_stops_exactly_when_too_many_in_a_row_were_skipped(most, skipped):
 def test_weights_are_named_before_gradients_and_nothing_where_all_is_finite():
     model = build(ARCHS["untied"], seed=1)
     grads = torch.zeros_like(model.weights)
-    assert find_culprit(model, grads, World.single()) is None
+    assert find_culprit(model, grads, World.single(), False) is None
     slots = {slot.param.parts[0].name: slot for slot in model.slots}
     for name in ("lm_head.weight", "model.layers.0.mlp.gate_proj.weight"):
         grads[slots[name].offset] = torch.nan
-    assert find_culprit(model, grads, World.single()) == Culprit("gradient", "lm_head.weight", 0)
+    assert find_culprit(model, grads, World.single(), True) == Culprit("gradient", "lm_head.weight", 0)
     for name in ("model.layers.2.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight"):
         slots[name].param.data.view(-1)[0] = torch.inf
-    found = find_culprit(model, grads, World.single())
+    found = find_culprit(model, grads, World.single(), True)
     assert str(found) == "weight of model.layers.1.input_layernorm.weight on rank 0"
