@@ -240,10 +240,10 @@ def test_ctrl_c_leaves_nothing(tmp_path) -> None:
     """The driver gets SIGINT while one of its workers waits for a pipe that nobody writes to."""
     os.mkfifo(tmp_path / "fifo")
     script = f"""
-import os, signal, threading
+import os, signal, sys
 from pathlib import Path
 from raytron.data import ByteTokenizer, preprocess as run
-import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
 preprocess = sys.modules["raytron.data.preprocess"]
 Path({str(tmp_path)!r}, "a.txt").write_text("text " * 10)
 Path({str(tmp_path)!r}, "b.txt").write_text("text " * 10)
@@ -265,9 +265,12 @@ run({str(tmp_path)!r}, {str(tmp_path / "out")!r}, ByteTokenizer(), workers=2, pi
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    workers = [process.stdout.readline().split()[1:] for _ in range(3)][-1]
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        workers = [process.stdout.readline().split()[1:] for _ in range(3)][-1]
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert "KeyboardInterrupt" in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt", "fifo"]
     for pid in workers:
