@@ -271,10 +271,11 @@ def _split(
         sizes: list[int | None] = [samples] * len(sources)
     else:
         sizes = list(blend_sizes(weights, samples, SURPLUS))
+    names = [path for _, path in config.blend] or [config.path or "mock data"]
     datasets = [
         GPTDataset(
             source,
-            _documents(source, split, part),
+            _documents(source, split, part, name),
             size,
             sequence_length=config.sequence_length,
             seed=config.seed,
@@ -285,8 +286,9 @@ def _split(
             reset_position_ids=config.reset_position_ids,
             eod_mask_loss=config.eod_mask_loss,
             cache_path=indices,
+            name=name,
         )
-        for source, size in zip(sources, sizes, strict=True)
+        for source, size, name in zip(sources, sizes, names, strict=True)
     ]
     if len(datasets) == 1:
         return datasets[0]
@@ -295,12 +297,12 @@ def _split(
     return BlendedDataset(datasets, weights, sum(blend_sizes(weights, samples)), indices)
 
 
-def _documents(source: Documents, split: str, part: int) -> range:
+def _documents(source: Documents, split: str, part: int, name: str) -> range:
     documents = split_ranges(split, len(source))[part]
     if not documents:
         raise ValueError(
-            f"the {SPLITS[part]} split of {source.identity.get('path', 'mock data')} is empty: data.split {split!r} of"
-            f" its {len(source)} documents leaves none; give it a larger share, or more documents"
+            f"the {SPLITS[part]} split of {name} is empty: data.split {split!r} of its {len(source)} documents leaves"
+            " none; give it a larger share, or more documents"
         )
     return documents
 

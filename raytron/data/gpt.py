@@ -127,7 +127,7 @@ class GPTDataset:
     can't be predicted from it, carries no loss.
 
     With `cache_path` the indices are kept as .npy files named by the md5 of what they are a function of, and mapped;
-    ranks that build the same file at once each rename a whole one into place.
+    ranks that build the same file at once each rename a whole one into place. `name` is what errors call the source.
 
     Raises ValueError where the split can't fill one sample, IndexError for a sample beyond its end.
     """
@@ -148,6 +148,7 @@ class GPTDataset:
         eod_mask_loss: bool = False,
         drop_last_partial: bool = True,
         cache_path: str | os.PathLike[str] | None = None,
+        name: str | None = None,
     ) -> None:
         self.source = source
         self.documents = documents
@@ -161,10 +162,11 @@ class GPTDataset:
         lengths = source.sequence_lengths
         tokens = int(lengths[documents.start : documents.stop].sum(dtype=np.int64))
         if tokens < 2 or (num_samples is None and drop_last_partial and tokens <= sequence_length):
+            name = name or source.identity.get("path", "mock data")
             raise ValueError(
-                f"the {split} split of {source.identity.get('path', 'mock data')} holds {tokens} tokens, fewer than one"
-                f" sample of sequence_length {sequence_length} + 1; give it more text, a larger share in data.split,"
-                " or a shorter data.sequence_length"
+                f"the {split} split of {name} holds {tokens} tokens, fewer than one sample of sequence_length"
+                f" {sequence_length} + 1; give it more text, a larger share in data.split, or a shorter"
+                " data.sequence_length"
             )
         self.description: dict[str, object] = {
             "class": "GPTDataset",

@@ -182,7 +182,9 @@ def test_refusals_name_the_field(corpus, tmp_path) -> None:
         prepare(DataConfig(path=str(tmp_path / "none")), tmp_path / "cache")
     config = DataConfig(path=str(corpus), split="100,0,0")
     prepared = prepare(config, tmp_path / "cache", progress=False)
-    with pytest.raises(ValueError, match=r"the valid split of .* is empty: data\.split '100,0,0' of its 200 documents"):
+    with pytest.raises(
+        ValueError, match=rf"the valid split of {corpus} is empty: data\.split '100,0,0' of its 200 documents"
+    ):
         build_datasets(config, prepared, 10, 10)
 
 
