@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from raytron.checkpoint.digest import CHUNK, Digest, Entry, Scratch
+from raytron.checkpoint.digest import Digest, Entry, Scratch
 from raytron.checkpoint.storage import DamagedFile, FileReader, Storage
 from raytron.parallel import file_layout
 from raytron.parallel.boxes import extent, terms, whole
@@ -177,7 +177,7 @@ def by_path(found: Iterable[tuple[str, Copy]]) -> dict[str, list[Copy]]:
 def read(storage: Storage, wanted: Mapping[str, Sequence[Copy]], verify: Mapping[str, Entry]) -> None:
     """Carry out the copies of each file, and read those of `verify` whole against their entries.
 
-    Two files at a time, so that one hashes or waits while the other reads; extra memory is a staged box for each.
+    Two files at a time, each read and hashed by one thread; extra memory is a staged box for each.
     Raises `DamagedFile` naming a file that is missing, truncated, or not what its entry says. Targets may be partly
     written then.
     """
@@ -193,16 +193,15 @@ def _read_file(storage: Storage, path: str, wanted: Sequence[Copy], entry: Entry
         raise DamagedFile(f"{name}: " + ("missing" if size is None else f"has {size} bytes instead of {entry.nbytes}"))
     file = storage.reader(path)
     try:
-        with ThreadPoolExecutor(1, "checkpoint-digest") as pool:
-            digest = None if entry is None else Digest(pool)
-            window = _Window(file, digest, Scratch())
-            for group in _groups(wanted):
-                window.fill(group)
-            if entry is None:
-                return
-            window.skip(entry.nbytes)
-            if digest.entry() != entry:
-                raise DamagedFile(f"{name}: its bytes are not those that were written (xxh3 differs)")
+        digest = None if entry is None else Digest()
+        window = _Window(file, digest, Scratch())
+        for group in _groups(wanted):
+            window.fill(group)
+        if entry is None:
+            return
+        window.skip(entry.nbytes)
+        if digest.entry() != entry:
+            raise DamagedFile(f"{name}: its bytes are not those that were written (xxh3 differs)")
     finally:
         file.close()
 
@@ -254,7 +253,7 @@ class _Window:
     def skip(self, to: int) -> None:
         """Go to byte `to`; what lies between is only hashed."""
         while self._digest is not None and self._at < to:
-            self._stage(self._at, min(CHUNK, to - self._at))
+            self._stage(self._at, min(self._file.chunk, to - self._at))
         self._at = to
 
     def fill(self, group: Sequence[Copy]) -> None:
@@ -274,28 +273,23 @@ class _Window:
             copy.target.as_strided(copy.sizes, copy.target_strides, offset).copy_(source)
 
     def _fill_run(self, copy: Copy) -> None:
-        target = copy.target[copy.offset : copy.offset + copy.sizes[0]]
-        step = CHUNK // copy.dtype.itemsize
+        target, chunk = copy.target[copy.offset : copy.offset + copy.sizes[0]], self._file.chunk
         if target.dtype == copy.dtype and target.device.type == "cpu":
-            view = memoryview(target.view(torch.uint8).numpy())
-            for at in range(0, len(view), CHUNK):
-                self._read(copy.start + at, view[at : at + CHUNK])
+            self._read(copy.start, memoryview(target.view(torch.uint8).numpy()))
             return
-        for i, part in enumerate(target.split(step)):
-            at = copy.start + i * step * copy.dtype.itemsize
+        for i, part in enumerate(target.split(chunk // copy.dtype.itemsize)):
+            at = copy.start + i * chunk
             part.copy_(self._stage(at, part.numel() * copy.dtype.itemsize).view(copy.dtype))
 
     def _stage(self, start: int, nbytes: int) -> torch.Tensor:
-        if self._digest is not None:
-            self._digest.settle()  # it may still be reading what is overwritten now
         staged = self._scratch.take(nbytes)
-        view = memoryview(staged.numpy())
-        for at in range(0, nbytes, CHUNK):
-            self._read(start + at, view[at : at + CHUNK])
+        self._read(start, memoryview(staged.numpy()))
         return staged
 
     def _read(self, start: int, view: memoryview) -> None:
-        self._file.read_into(start, view)
-        if self._digest is not None:
-            self._digest.update(view)
+        for at in range(0, len(view), self._file.chunk):
+            part = view[at : at + self._file.chunk]
+            self._file.read_into(start + at, part)
+            if self._digest is not None:
+                self._digest.update(part)
         self._at = start + len(view)

@@ -25,7 +25,9 @@ class DamagedFile(ValueError):  # noqa: N818 - reads as what was found
 
 
 class FileReader(Protocol):
-    """An open file."""
+    """An open file. `chunk` bytes are worth reading at a time where all of it is wanted."""
+
+    chunk: int
 
     def read_into(self, start: int, view: memoryview) -> None: ...
     def close(self) -> None: ...
@@ -168,6 +170,8 @@ class LocalStorage(Storage):
 
 
 class _LocalReader:
+    chunk = 1 << 20  # still in the core's cache when it is hashed, long enough to release the interpreter
+
     def __init__(self, path: Path) -> None:
         try:
             self._fd = os.open(path, os.O_RDONLY)
@@ -289,6 +293,8 @@ class RemoteStorage(Storage):
 
 
 class _RemoteReader:
+    chunk = 16 << 20  # every read is a request
+
     def __init__(self, file: Any, name: str) -> None:
         self._file, self._name = file, name
 

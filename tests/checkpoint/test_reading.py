@@ -68,7 +68,7 @@ class CountingStorage(LocalStorage):
 
 class CountingReader:
     def __init__(self, file) -> None:
-        self._file, self.reads = file, 0
+        self._file, self.chunk, self.reads = file, file.chunk, 0
 
     def read_into(self, start, view) -> None:
         self.reads += 1
