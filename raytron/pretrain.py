@@ -156,16 +156,16 @@ class _Run:
                 allowed = self.config.run.failure_config.max_failures
                 if 0 <= allowed < failures or stop.is_set():
                     raise
-                self.console.print(f"[yellow]{error}[/]\nfailure {failures} of {allowed}: starting the actors again")
+                self._say(f"{error}\nfailure {failures} of {allowed}: starting the actors again")
 
     def _attempt(self, session: Session, stop: threading.Event, resume: bool) -> str | None:
         with TrainerGroup(self.mesh, self.config.scaling, wait_s=session.wait_s) as group:
             group.create(PretrainTask, self.config, self.arch, self.prepared, self.checkpoints)
             step, damaged = group.load() if resume else (0, [])
             for problem in damaged:
-                self.console.print(f"[yellow]passed over a damaged checkpoint: {problem}[/]", highlight=False)
+                self._say(f"passed over a damaged checkpoint: {problem}")
             if step:
-                self.console.print(f"continuing from step {step} of {self.checkpoints}")
+                self._say(f"continuing from step {step} of {self.checkpoints}", style="")
             with MetricsWriter(self._sinks(step)) as writer:
                 self._loop(group, writer, step, stop)
             return group.call("latest")[0]
@@ -180,15 +180,19 @@ class _Run:
             for record in group.steps(milestone - step, stop.is_set):
                 self.progress.step(record)
                 writer.write(record)
+                self._say(record.notice)
                 step = record.step
             end = step == config.steps or stop.is_set()
             # The evaluation's record is on disk before the checkpoint it belongs to exists: a resume keeps both.
             if not stop.is_set() and (end or (evaluate_every and step % evaluate_every == 0)):
                 self._evaluate(group, writer)
             if end or (save_every and step % save_every == 0):
-                error = group.save(wait=end)
-                if error:
-                    self.console.print(f"[red]the checkpoint of step {step} was not saved: {error}[/]")
+                self._say(group.save(wait=end))
+
+    def _say(self, what: str | None, style: str = "yellow") -> None:
+        """Print a line as it is: paths are not broken."""
+        if what:
+            self.console.print(what, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _evaluate(self, group: TrainerGroup, writer: MetricsWriter) -> None:
         record = group.evaluate()

@@ -47,6 +47,8 @@ if __name__ == "__main__":
         corpus = write_stdlib_corpus(f"runs/{config.run.name}/corpus.jsonl")
         config = replace(config, data=replace(config.data, path=str(corpus)))
     result = pretrain.run(config)
+    if result.checkpoint is None:
+        raise SystemExit("no checkpoint was saved, so there is no model to write with")
     directory = f"{result.checkpoint.path}/model"
     model, tokenizer = from_pretrained(directory), load_tokenizer(directory)
     prompt = "class Reader:\n    def read(self, size=-1):\n        "

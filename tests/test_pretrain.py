@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 
 import pytest
 
@@ -23,7 +25,22 @@ from raytron.config import (
 )
 from raytron.metrics import EvalRecord, StepRecord, read_records
 
+pytestmark = pytest.mark.usefixtures("ray_of_this_module")
 TINY = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+def run_config(tmp_path, interval: int = 3) -> RunConfig:
+    saving = CheckpointConfig(interval=interval)
+    return RunConfig(name="tiny", storage_path=str(tmp_path), checkpoint_config=saving)
+
+
+@pytest.fixture(scope="module")
+def ray_of_this_module():
+    """Runs join the Ray they find: one for them all."""
+    from raytron.actors import Session
+
+    with Session(slots=2):
+        yield
 
 
 def tiny(tmp_path, **changes) -> PretrainConfig:
@@ -34,7 +51,7 @@ def tiny(tmp_path, **changes) -> PretrainConfig:
         global_batch_size=8,
         steps=6,
         evaluation=EvalConfig(batches=2),
-        run=RunConfig(name="tiny", storage_path=str(tmp_path), checkpoint_config=CheckpointConfig(interval=3)),
+        run=run_config(tmp_path),
     )
     return dataclasses.replace(config, **changes)
 
@@ -64,6 +81,40 @@ def test_a_run_leaves_everything_its_user_needs(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
     assert AutoTokenizer.from_pretrained(directory) is not None
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, capsys):
+    config = tiny(tmp_path)
+    pretrain.run(config)
+    file = tmp_path / "tiny/checkpoints/step_00000006/model/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    pretrain.run(dataclasses.replace(config, steps=7))
+    said = capsys.readouterr().out
+    assert f"passed over a damaged checkpoint: {file}: its bytes are not those that were written" in said
+    assert "continuing from step 3" in said
+    records = read_records(tmp_path / "tiny/metrics.jsonl")
+    assert [r.step for r in records if isinstance(r, StepRecord)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_full_disk_is_reported_and_the_run_goes_on(tmp_path, capsys):
+    disk = tmp_path / "tiny/checkpoints"
+    disk.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount a small disk")
+    try:
+        result = pretrain.run(tiny(tmp_path, run=run_config(tmp_path, interval=2)))
+        assert result.checkpoint.path == str(disk / "step_00000002")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    said = capsys.readouterr().out
+    for step in (4, 6):
+        assert f"checkpoint step_0000000{step} was not saved: {disk}/" in said
+    assert said.count("No space left on device") == 2
+    assert result.metrics["step"] == 6
 
 
 def refused(config: PretrainConfig, error: type[Exception], *words: str) -> None:

@@ -35,6 +35,7 @@ class StepRecord:
     skipped: bool = False  # the update was not applied
     skipped_total: int = 0
     nan_total: int = 0
+    notice: str = ""  # what the user should hear: why the update was skipped, why a save failed
     phases_s: Mapping[str, float] = field(default_factory=dict)  # seconds per phase of the step
     extra: Mapping[str, float] = field(default_factory=dict)  # anything else worth a curve, e.g. {"moe/load": 1.02}
 

@@ -6,12 +6,13 @@ Each rank reads its own samples; whoever drives the run sees only metrics.
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raytron.checkpoint import CheckpointManager
+from raytron.checkpoint import CheckpointManager, Saved
 from raytron.config import PretrainConfig
 from raytron.data.build import Prepared, build_datasets
 from raytron.data.loader import GlobalBatches
@@ -53,6 +54,7 @@ class PretrainTask:
         self._flops = flops_per_token(arch, config.data.sequence_length)
         self.peak_flops = measure_peak_flops(world)
         self._reader = None
+        self._saving: Future[Saved] | None = None  # on rank 0, a save whose end nobody has heard of
         self._end = time.perf_counter()
 
     def _make_data(self) -> None:
@@ -97,12 +99,24 @@ class PretrainTask:
         return EvalRecord(self.engine.counters.step, loss, torch.tensor(loss).exp().item(), int(counts[1]))
 
     def save(self, wait: bool = False) -> str | None:
-        """Save the committed step, in the background unless `wait`; None, or why it failed (training goes on)."""
+        """Save the committed step, in the background unless `wait`, once the save before has ended.
+
+        Returns, on rank 0, what failed of the saves that have ended and were not heard of (training goes on). A save in
+        the background is heard of by the notice of a step after it, or here.
+        """
         future = self.checkpoints.save(self.engine, tokenizer=self.prepared.tokenizer_directory)
-        if not wait:
+        failed, self._saving = self._failed_save(), future if self.world.rank == 0 else None
+        if wait:
+            future.result()
+            failed = "; ".join(filter(None, (failed, self._failed_save())))
+        return failed or None
+
+    def _failed_save(self) -> str | None:
+        """Why the last save failed, once it has ended; told once."""
+        if self._saving is None or not self._saving.done():
             return None
-        saved = future.result()
-        return None if saved.ok else saved.error
+        saved, self._saving = self._saving.result(), None
+        return None if saved.ok else f"checkpoint {saved.name} was not saved: {saved.error}"
 
     def latest(self) -> str | None:
         """Where the newest checkpoint is, once every save has ended."""
@@ -137,8 +151,15 @@ class PretrainTask:
             skipped=result.skipped is not None,
             skipped_total=counters.skipped,
             nan_total=counters.nan_steps,
+            notice=self._notice(result),
             phases_s=dict(self.engine.phases_s),
         )
+
+    def _notice(self, result: StepResult) -> str:
+        skipped = f"step {result.step} was skipped: {result.skipped}" if result.skipped else None
+        if skipped and result.culprit:
+            skipped += f", first the {result.culprit}"
+        return "; ".join(filter(None, (skipped, self._failed_save())))
 
 
 def sample_counts(config: PretrainConfig) -> tuple[int, int]:
