@@ -29,6 +29,7 @@ from raytron.inference.types import Engine, Output, PauseMode, Request, Stats
 __all__ = ["EngineFailed", "EngineLoop", "Overloaded"]
 
 T = TypeVar("T")
+Receive = Callable[[list[Output], BaseException | None], None]
 LONGEST_RETRY_S = 60.0
 
 
@@ -76,6 +77,19 @@ class _Stream:
         outputs, self.outputs = self.outputs, []
         self.unfinished -= sum(output.finish_reason is not None for output in outputs)
         return outputs
+
+
+class _Push(_Stream):
+    """One whose reader is a function: no coroutine wakes up for it."""
+
+    def __init__(self, request: Request, outbox: deque[_Item], receive: Receive) -> None:
+        super().__init__(request, outbox)
+        self.receive = receive
+
+    def put(self, outputs: list[Output], error: BaseException | None) -> None:
+        self.unfinished -= sum(output.finish_reason is not None for output in outputs)
+        self.error = self.error or error
+        self.receive(outputs, error)
 
 
 _Item = tuple[_Stream, list[Output], BaseException | None]
@@ -128,14 +142,22 @@ class EngineLoop:
         Raises, before the first output: ValueError for a request that can't be answered, Overloaded, EngineFailed; and
         EngineFailed at any time when the engine dies.
         """
-        stream = self._open(request)
+        stream = self._open(request, _Stream)
         try:
             while stream.unfinished > 0:
                 yield await stream.read()
         finally:
             self._close_stream(stream)
 
-    def _open(self, request: Request) -> _Stream:
+    def subscribe(self, request: Request, receive: Receive) -> Callable[[], None]:
+        """`generate` for who passes outputs on: `receive(outputs, error)` is called, once a step, on this event loop.
+
+        Returns the function that must be called, once, when the last output or an error has come or no more is wanted.
+        """
+        stream = self._open(request, lambda request, outbox: _Push(request, outbox, receive))
+        return lambda: self._close_stream(stream)
+
+    def _open(self, request: Request, make: Callable[[Request, deque[_Item]], _Stream]) -> _Stream:
         if self.health != "ready":
             raise EngineFailed(f"{self.name}: {self.health}")
         if self.waiting >= self.max_queue:
@@ -143,7 +165,7 @@ class EngineLoop:
         if request.id in self._streams:
             raise ValueError(f"request id {request.id!r} is in use; choose another")
         outbox = self._outboxes.setdefault(asyncio.get_running_loop(), deque())
-        stream = _Stream(request, outbox)
+        stream = make(request, outbox)
         self._streams[request.id] = stream  # before it is sent: whoever ends the engine tells all of these
         if not self._send(lambda: self._add(stream)):
             del self._streams[request.id]
