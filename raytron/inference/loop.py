@@ -191,8 +191,8 @@ class EngineLoop:
         mode: "keep" recomputes what is cached of running requests and goes on with the new weights, "wait" lets those
         already in finish first (they keep streaming), "abort" ends them. version: by default one more than now.
 
-        Raises ValueError for a path without weights, and whatever the engine raises for weights that do not fit; after
-        that it answers nothing (`EngineFailed`) until an update succeeds.
+        Raises ValueError for a path without weights, and whatever the engine raises for weights that do not fit. If the
+        old ones are no longer whole by then, it answers nothing (`EngineFailed`) until an update succeeds.
         """
         folder = Path(path)
         if not any(folder.joinpath(f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
@@ -317,10 +317,11 @@ class EngineLoop:
             self.engine.update_weights(path)
             self.engine.finish_weight_update(version)
         except Exception as error:
-            self._failure = f"stale: loading {path} failed: {error}"
             done.set_exception(error)
-            self._fail_all()
-            self.engine.abort(list(self._streams))
+            if (health := self.engine.stats().health) != "ready":  # else nothing was changed: it goes on as it was
+                self._failure = f"loading {path} failed, {health}"
+                self._fail_all()
+                self.engine.abort(list(self._streams))
         else:
             self._failure = None
             done.set_result(version)

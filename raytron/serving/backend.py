@@ -55,6 +55,9 @@ class Backend(Protocol):
     async def stats(self, model: str) -> Sequence[Stats]:
         """Of each engine of the model; none when it is scaled to zero."""
 
+    def problems(self) -> Mapping[str, str]:
+        """Models that can't answer, and why; what /health tells. Cheap. Being scaled to zero is no problem."""
+
 
 class LocalBackend:
     """Engines in this process: for tests, a laptop, or one machine without Ray.
@@ -82,6 +85,10 @@ class LocalBackend:
     async def stats(self, model: str) -> Sequence[Stats]:
         """Of the one engine."""
         return [await self._loops[model].stats()]
+
+    def problems(self) -> Mapping[str, str]:
+        """Engines that died, are stale or are being drained."""
+        return {name: loop.health for name, loop in self._loops.items() if loop.health != "ready"}
 
     async def drain(self) -> None:
         """Take nothing new and return when every request is answered."""

@@ -56,13 +56,18 @@ class CountingEngine:
 
     def update_weights(self, weights: object) -> None:
         if "bad" in str(weights):
+            self.stale = True
             raise WeightUpdateError("they do not fit")
+        if "other" in str(weights):
+            self.paused = False
+            raise WeightUpdateError("they are of another model")
 
     def finish_weight_update(self, version: int) -> None:
-        self.version, self.paused = version, False
+        self.version, self.paused, self.stale = version, False, False
 
     def stats(self) -> Stats:
-        return Stats(running=len(self.progress), version=self.version, paused=self.paused)
+        health = "stale: half new" if self.stale else "ready"
+        return Stats(running=len(self.progress), version=self.version, paused=self.paused, health=health)
 
     def close(self) -> None:
         self.closed = True

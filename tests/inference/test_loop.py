@@ -168,7 +168,10 @@ def test_after_a_failed_update_nothing_is_answered_until_one_succeeds(tmp_path):
             await asyncio.sleep(0)
         with pytest.raises(ValueError, match=r"no model\.safetensors"):
             await loop.update_weights(str(tmp_path / "nothing"))
+        with pytest.raises(WeightUpdateError, match="another model"):
+            await loop.update_weights(weights(tmp_path, "other"))
         assert not running.done()
+        assert loop.health == "ready"
         with pytest.raises(WeightUpdateError, match="do not fit"):
             await loop.update_weights(weights(tmp_path, "bad"))
         with pytest.raises(EngineFailed, match="stale"):
