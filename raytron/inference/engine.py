@@ -35,7 +35,7 @@ from raytron.models.base import ShardedModel
 from raytron.models.kernels import KEYS
 from raytron.parallel.collectives import World
 
-__all__ = ["NativeEngine", "end_tokens", "load_model", "model_dtype"]
+__all__ = ["NativeEngine", "end_tokens", "engine_parallel", "load_model", "model_dtype"]
 
 
 @dataclass(slots=True)
@@ -61,13 +61,17 @@ def model_dtype(config: EngineConfig) -> torch.dtype:
     return torch.bfloat16 if name in ("bfloat16", "float16") else torch.float32
 
 
+def engine_parallel(config: EngineConfig) -> ParallelConfig:
+    """How an engine cuts its layers: a decode step has too few tokens to share out by sequence."""
+    return ParallelConfig(tp=config.tp, pp=config.pp, sequence_parallel=False)
+
+
 def load_model(config: EngineConfig, world: World | None) -> ShardedModel:
     """This rank's part of the model, ready for inference."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     read_arch(config.path)  # its errors come before any other
-    parallel = ParallelConfig(tp=config.tp, pp=config.pp, sequence_parallel=False)
-    model = from_pretrained(config.path, world, model_dtype(config), parallel=parallel)
+    model = from_pretrained(config.path, world, model_dtype(config), parallel=engine_parallel(config))
     return model.requires_grad_(False).eval().use_kernels(config.reproducible)
 
 
@@ -268,13 +272,13 @@ class NativeEngine:
 
     def _sample(self, work: Sequence[Work], logits: Tensor | None) -> list[Output]:
         """A token for each of `work`, and what it means for its sequence."""
-        scored = [w for w in work if w.sequence.state.limit == 0]
-        outputs = [self._finish(w.sequence, self._output(w.sequence), "length", None, "") for w in scored]
-        if scored:
-            rows = [i for i, w in enumerate(work) if w.sequence.state.limit > 0]
-            work, logits = [work[i] for i in rows], logits[rows] if rows else None
-        if not work:
+        rows = [i for i, w in enumerate(work) if w.sequence.state.limit]
+        scored = [w.sequence for w in work if not w.sequence.state.limit]  # nothing was asked for but the prompt's
+        outputs = [self._finish(sequence, self._once(sequence), "length", None, "") for sequence in scored]
+        if not rows:
             return outputs
+        if scored:
+            work, logits = [work[i] for i in rows], logits[rows]
         draws = [self._draw(w.sequence) for w in work]
         matchers = [w.sequence.state.matcher for w in work]
         permitted = allowed(matchers, self.model.arch.vocab_size)
@@ -298,7 +302,7 @@ class NativeEngine:
         rows = [i for i, w in enumerate(work) if w.sequence.state.penalties]
         self._history.extend([draws[i].slot for i in rows], [tokens[i] for i in rows])
 
-    def _output(self, sequence: Running) -> dict[str, Any]:
+    def _once(self, sequence: Running) -> dict[str, Any]:
         """Fields that come once, with a sequence's first output."""
         state = sequence.state
         if state.told:
@@ -326,7 +330,7 @@ class NativeEngine:
             reason = "stop"
         elif count >= state.limit or len(sequence.tokens) >= self.max_model_len:
             reason = "length"
-        fields = self._output(sequence)
+        fields = self._once(sequence)
         fields |= {"token_ids": (token,), "logprobs": (logprob,), "versions": (self.version,)}
         if top is not None:
             fields["top_logprobs"] = (top,)

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from raytron.config import EngineConfig
-from raytron.inference.engine import NativeEngine
+from raytron.inference.engine import NativeEngine, engine_parallel
 from raytron.inference.types import Engine
-from raytron.models import read_arch
+from raytron.models import build, read_arch
 from raytron.parallel.collectives import World
 from raytron.parallel.mesh import Mesh
 
@@ -34,8 +34,10 @@ def make_engine(config: EngineConfig) -> Engine:
         from raytron.inference.vllm import VLLMEngine
 
         return VLLMEngine(config)
-    read_arch(config.path)
-    return NativeEngine(config) if config.tp * config.pp == 1 else _ManyRanks(config)
+    arch, mesh = read_arch(config.path), Mesh(tp=config.tp, pp=config.pp)
+    for rank in range(mesh.size):  # a layout the model cannot be cut to is refused before anything starts
+        build(arch, World.sketch(mesh, rank), parallel=engine_parallel(config), device="meta")
+    return NativeEngine(config) if mesh.size == 1 else _ManyRanks(config)
 
 
 class _ManyRanks(NativeEngine):

@@ -115,23 +115,34 @@ def _guided(logits: Tensor, draws: Sequence[Draw], history: History, allowed: Te
 
 
 def _choose(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The likeliest of greedy rows, a draw of the others; int64 [B]."""
-    best = logits.argmax(-1)
-    rows = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
-    if not rows:
-        return best
-    chance = [draws[row] for row in rows]
-    at = torch.tensor(rows, device=logits.device)
-    best[at] = _draw(logits[at], chance)
-    return best
+    """The likeliest of greedy rows, a draw of the others; int64 [B].
+
+    Rows that cut nothing off are drawn in the order of the vocabulary, without sorting it. Which way a row goes is its
+    own affair: the same number picks another token in another order.
+    """
+    tokens = logits.argmax(-1)
+    chance = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
+    whole = [row for row in chance if not _cuts(draws[row].params)]
+    cut = [row for row in chance if _cuts(draws[row].params)]
+    for rows, draw in ((whole, _draw), (cut, _draw_cut)):
+        if rows:
+            at = torch.tensor(rows, device=logits.device)
+            mine = [draws[row] for row in rows]
+            heat = _column([d.params.temperature for d in mine], logits)
+            u = _column(uniform([d.seed for d in mine], [d.position for d in mine]), logits)
+            tokens[at] = draw(logits[at] / heat, u, [d.params for d in mine])
+    return tokens
 
 
-def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    params = [draw.params for draw in draws]
-    logits = logits / _column([p.temperature for p in params], logits)
-    u = _column(uniform([d.seed for d in draws], [d.position for d in draws]), logits)
-    if all(p.top_k <= 0 and p.top_p >= 1.0 and p.min_p <= 0.0 for p in params):
-        return _invert(torch.softmax(logits, -1), u)
+def _cuts(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _draw(logits: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    return _invert(torch.softmax(logits, -1), u)
+
+
+def _draw_cut(logits: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     values, ids = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = torch.softmax(values, -1)
     before = probabilities.cumsum(-1) - probabilities
