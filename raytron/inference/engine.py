@@ -380,7 +380,8 @@ class NativeEngine:
         """See `Engine.start_weight_update`."""
         if self._updating:
             raise RuntimeError("a weight update is under way already; finish it first")
-        self._resume_after = not self._paused
+        if not self._stale:  # else it is paused because the last update failed
+            self._resume_after = not self._paused
         outputs = self.pause(mode)
         self._updating = True
         self._touched.clear()
@@ -398,7 +399,7 @@ class NativeEngine:
             else:
                 self.runner.update(weights)
                 self._touched |= set(weights)
-        except WeightUpdateError as error:
+        except Exception as error:  # a damaged file is as bad as a wrong shape
             self._fail(str(error))
             raise
 

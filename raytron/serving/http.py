@@ -22,6 +22,7 @@ from raytron.serving.protocol import Refused
 __all__ = ["Server", "run"]
 
 LONGEST_HEAD = 64 * 1024
+LINGER_S = 1.0
 REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Head Too Large", 503: "Service Unavailable"}
 
 
@@ -31,6 +32,7 @@ def _protocol(config: ServeConfig) -> type[HttpToolsProtocol]:
 
         _late: asyncio.TimerHandle | None = None
         _head = 0  # bytes of the head so far
+        _refused = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -41,6 +43,8 @@ def _protocol(config: ServeConfig) -> type[HttpToolsProtocol]:
                 self._expect_head()
 
         def data_received(self, data: bytes) -> None:
+            if self._refused:
+                return
             if self._late is None and (self.cycle is None or self.cycle.response_complete):
                 self._expect_head()
             super().data_received(data)
@@ -75,7 +79,10 @@ def _protocol(config: ServeConfig) -> type[HttpToolsProtocol]:
             body = json.dumps(Refused(message, status=status).body())
             head = f"HTTP/1.1 {status} {REASONS[status]}\r\nContent-Type: application/json\r\nConnection: close\r\n"
             self.transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-            self.transport.close()
+            self._refused = True
+            self.transport.write_eof()
+            # Closed at once, with something unread, the connection would be reset and the answer lost.
+            self.loop.call_later(LINGER_S, self.transport.close)
 
     return Patient
 

@@ -1,8 +1,8 @@
 """Who asks, and how much they may: keys compared in constant time, and token buckets.
 
-A bucket of r a minute holds at most r and fills evenly. Whoever finds it above zero is let in and takes what they use,
-below zero if need be: so a request larger than the bucket can be answered, once, and is paid off by waiting. Tokens of
-an answer are taken when they are known, which is when it ends.
+A bucket of r a minute holds at most r and fills evenly. Whoever finds a request's worth in it, or any token, is let in
+and takes what they use, below zero if need be: an answer larger than the bucket can be given, once, and is paid off by
+waiting. Tokens of an answer are taken when they are known, which is when it ends.
 """
 
 from __future__ import annotations
@@ -81,17 +81,18 @@ def _same(given: bytes, key: str) -> bool:
 
 
 class Bucket:
-    """`rate` a minute; `clock` gives seconds."""
+    """`rate` a minute; who comes must find `least` in it. `clock` gives seconds."""
 
-    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.rate, self.level, self.clock, self._seen = rate, rate, clock, clock()
+    def __init__(self, rate: float, least: float = 1e-9, clock: Callable[[], float] = time.monotonic) -> None:
+        self.rate, self.least, self.clock = rate, min(least, rate), clock
+        self.level, self._seen = rate, clock()
 
     def wait_s(self) -> float:
         """Seconds until something may be taken: 0 is now."""
         now = self.clock()
         self.level = min(self.rate, self.level + (now - self._seen) * self.rate / 60)
         self._seen = now
-        return 0.0 if self.level > 0 else (1e-9 - self.level) * 60 / self.rate
+        return max(0.0, (self.least - self.level) * 60 / self.rate)
 
     def take(self, amount: float) -> None:
         """Take so much, whether it is there or not."""
@@ -130,7 +131,8 @@ class Limits:
 
     def _of(self, caller: Caller) -> dict[str, Bucket]:
         buckets = self._buckets.pop(caller.id, None)
-        buckets = buckets or {name: Bucket(rate, self._clock) for name, rate in self._rates.items()}
+        least = {"requests": 1.0, "tokens": 1e-9}
+        buckets = buckets or {name: Bucket(rate, least[name], self._clock) for name, rate in self._rates.items()}
         self._buckets[caller.id] = buckets
         if len(self._buckets) > MOST_CALLERS:
             self._buckets.popitem(last=False)
