@@ -12,7 +12,8 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from raytron.data import BlendedDataset, GPTDataset, MicroBatch, Tokenizer
     from raytron.models.base import ShardedModel
 
-__all__ = ["Convert", "Eval", "Models", "Preprocess", "main", "parse"]
+__all__ = ["Convert", "Eval", "Generate", "Models", "Preprocess", "main", "parse"]
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,82 @@ class Eval:
             yield build_datasets(config, prepare(config, cache, progress=not self.json), 0, self.samples)[1]
 
 
-COMMANDS = {"preprocess": Preprocess, "models": Models, "convert": Convert, "eval": Eval}
+@dataclass(frozen=True)
+class Generate:
+    """Answer a file of prompts with a model; started again, it goes on where it was cut off."""
+
+    model: Positional[str]
+    """Hugging Face directory, checkpoint (.../step_00000100) or run (runs/NAME: its newest checkpoint)."""
+    prompts: Positional[str]
+    """Text with a prompt a line, or .jsonl: "prompt", "prompt_token_ids" or "messages", and sampling parameters."""
+    output: str
+    """JSON lines to write: index, prompt, outputs (text, token_ids, logprobs, finish_reason)."""
+    engine: Literal["native", "vllm"] = "native"
+    tp: int = 1
+    """Tensor parallel size, on this machine."""
+    pp: int = 1
+    """Pipeline stages, on this machine."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is what the model's config.json says."""
+    max_tokens: int = 128
+    """Longest output, where a prompt says nothing else; so with all that follow."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    n: int = 1
+    """Outputs for each prompt."""
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    """Texts that end an output."""
+    max_num_seqs: int = 64
+    """Sequences computed together."""
+    kv_cache_mb: float = 512.0
+    """Memory for keys and values, on each rank."""
+    quiet: bool = False
+    """Show no progress bar."""
+
+    def run(self) -> None:
+        """Write the output and say how much was generated."""
+        from raytron.data.chat import ChatTemplate
+        from raytron.inference import LLM, SamplingParams
+        from raytron.inference.batch import generate_file, read_prompts
+
+        chosen = ("max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop")
+        params = SamplingParams(**{name: getattr(self, name) for name in chosen})
+        source, directory = Path(self.prompts), model_directory(self.model)
+        template = ChatTemplate(directory)
+        total = sum(
+            line.params.n for line in read_prompts(source, params, template.render)
+        )  # a bad line before the model
+        options = {"max_num_seqs": self.max_num_seqs, "kv_cache_mb": self.kv_cache_mb}
+        with LLM(directory, self.engine, self.tp, self.pp, self.dtype, **options) as llm, self._progress(total) as done:
+            start = time.perf_counter()
+            made = generate_file(llm, source, Path(self.output), params, render=template.render, on_done=done)
+            seconds = time.perf_counter() - start
+        kept = f", {made.kept} kept from before" if made.kept else ""
+        print(
+            f"{self.output}: {made.prompts} prompts answered{kept}; {made.tokens:,} tokens in {seconds:.1f} s, "
+            f"{made.tokens / max(seconds, 1e-9):,.0f} tokens/s"
+        )
+
+    @contextmanager
+    def _progress(self, total: int) -> Iterator[Callable[[Any], None]]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = ("generate", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        with Progress(*columns, TimeRemainingColumn(), disable=self.quiet) as bar:
+            task, tokens, start = bar.add_task("generate", total=total, rate=""), 0, time.perf_counter()
+
+            def done(generation: Any) -> None:
+                nonlocal tokens
+                tokens += sum(len(o.token_ids) for o in generation.outputs)
+                rate = f"{tokens / (time.perf_counter() - start):,.0f} tok/s"
+                bar.update(task, advance=len(generation.outputs), rate=rate)
+
+            yield done
+
+
+COMMANDS = {"preprocess": Preprocess, "models": Models, "convert": Convert, "eval": Eval, "generate": Generate}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -221,7 +297,7 @@ def main(args: Sequence[str] | None = None) -> None:
         parse(args).run()
 
 
-def parse(args: Sequence[str] | None = None) -> Preprocess | Models | Convert | Eval:
+def parse(args: Sequence[str] | None = None) -> Any:
     """The command that a command line asks for. Ends the process after `--help`, and after a slip it points out."""
     return tyro.extras.subcommand_cli_from_dict(
         COMMANDS,

@@ -36,8 +36,18 @@ class LLM:
     def __init__(
         self, path: str, engine: str = "native", tp: int = 1, pp: int = 1, dtype: str = "auto", **options: Any
     ) -> None:
-        self.config = EngineConfig(path=str(path), engine=engine, tp=tp, pp=pp, dtype=dtype, **options)
-        self.engine = make_engine(self.config)
+        self._start(EngineConfig(path=str(path), engine=engine, tp=tp, pp=pp, dtype=dtype, **options))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> LLM:
+        """The same from a whole configuration."""
+        made = cls.__new__(cls)
+        made._start(config)
+        return made
+
+    def _start(self, config: EngineConfig) -> None:
+        self.config = config
+        self.engine = make_engine(config)
         self._tokenizer: Any = None
         self._ids = itertools.count()
 
@@ -67,23 +77,42 @@ class LLM:
         done = {g.request_id: g for g in self.stream(zip(prompts, each, strict=True))}
         return [done[name] for name in sorted(done, key=int)]
 
-    def stream(self, prompts: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[Generation]:
-        """Generations as they are finished, in whatever order that is; prompts are taken in at once."""
-        collector, names = Collector(), []
+    def stream(
+        self, prompts: Iterable[tuple[Prompt, SamplingParams]], window: int | None = None
+    ) -> Iterator[Generation]:
+        """Generations as they are finished, in whatever order that is; `request_id` is the prompt's number.
+
+        Args:
+            prompts: taken one by one, no more than `window` of them under way (None: all at once).
+        """
+        collector, numbered = Collector(), enumerate(prompts)
+        batch = next(self._ids)
+        more = True
         try:
-            for prompt, params in prompts:
-                ids = self.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
-                request = Request(str(next(self._ids)), ids, params)
-                self.engine.add(request)
-                names.append(request.id)
-                collector.expect(request, prompt if isinstance(prompt, str) else None)
-            while self.engine.has_unfinished():
+            while True:
+                while more and (window is None or len(collector.generations) < window):
+                    more = self._take(numbered, batch, collector)
+                if not collector.generations:
+                    return
                 for output in self.engine.step():
                     generation = collector.put(output)
                     if output.finish_reason is not None and generation.finished:
-                        yield collector.generations.pop(output.request_id)
+                        del collector.generations[output.request_id]
+                        generation.request_id = output.request_id.partition("-")[2]
+                        yield generation
         finally:
-            self.engine.abort([name for name in names if name in collector.generations])
+            self.engine.abort(list(collector.generations))
+
+    def _take(self, numbered: Iterator[tuple[int, Any]], batch: int, collector: Collector) -> bool:
+        """Add the next prompt; False if there is none."""
+        number, (prompt, params) = next(numbered, (-1, (None, None)))
+        if prompt is None:
+            return False
+        ids = self.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+        request = Request(f"{batch}-{number}", ids, params)
+        self.engine.add(request)
+        collector.expect(request, prompt if isinstance(prompt, str) else None)
+        return True
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a prompt, with the special tokens (a beginning-of-text) the tokenizer's own template puts there."""
