@@ -111,7 +111,7 @@ def measure(shape: str, family: str, quick: bool, others_cpu: float) -> dict:
     for step in steps.values():
         step(), step()
     warm_up = time.perf_counter() - start
-    taken = interleave({name: seconds(step) for name, step in steps.items()}, 5 if quick else 11)
+    taken = interleave({name: seconds(step) for name, step in steps.items()}, 5 if quick else 7)
     mine, best = _best(taken, "ours"), _best(taken, "transformers")
     rate = size * length / taken[mine].median
     return emit(
