@@ -103,6 +103,17 @@ def test_half_precision_learns_as_fp32_does(precision):
     assert engine.model.weights.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
+@pytest.mark.slow
+def test_compiled_steps_equal_eager_ones():
+    """With documents, whose mask is another graph, and without."""
+    eager, compiled = make(chosen=config("fp32")), make(chosen=config("fp32", compile=True))
+    for step in range(4):
+        a, b = (engine.step(batches(engine, "untied", step)) for engine in (eager, compiled))
+        assert (b.loss, b.grad_norm) == pytest.approx((a.loss, a.grad_norm), rel=1e-4)
+    scale = eager.model.weights.abs().max()
+    torch.testing.assert_close(compiled.model.weights / scale, eager.model.weights / scale, rtol=0, atol=1e-4)
+
+
 def test_bf16_weights_are_their_masters_rounded_and_masters_keep_what_rounding_loses():
     engine = make(chosen=config("bf16", lr=1e-7))
     master, before = engine.optimizer["master"], engine.model.weights.clone()
