@@ -1,10 +1,10 @@
 """Generation speed on one thread: our engine against vLLM, with `transformers` and our reproducible mode beside them.
 
-Random Llamas of 1M and 25M parameters; 32 random prompt tokens, 128 new ones, greedy, past any end: tokens in, tokens
-out, no text. Each engine lives in a process of its own, so that thread settings and allocators stay apart, and all of a
-model and dtype are up at once; a round goes through them in turn, one computing while the others wait at a pipe. Every
-round has other prompts, the same for all. vLLM is measured eager and compiled (a quick run: eager) without
-log-probabilities, as is fastest for it, and the best counts; ours reports them, as always.
+Random Llamas of 1M and 25M parameters; 32 random prompt tokens, 128 new ones (a quick run: 48), greedy, past any end:
+tokens in, tokens out, no text. Each engine lives in a process of its own, so that thread settings and allocators stay
+apart, and all of a model and dtype are up at once; a round goes through them in turn, one computing while the others
+wait at a pipe. Every round has other prompts, the same for all. vLLM is measured eager and compiled (a quick run:
+eager) without log-probabilities, as is fastest for it, and the best counts; ours reports them, as always.
 
 Floor: a decode step reads every weight once, so weights in bytes over the memory's rate bounds it from below at small
 batches; at batch 32 the products' arithmetic does.
@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +31,7 @@ from _common import Samples, emit, interleave, parse, write_results
 
 BENCHMARK = "generate"
 KV_MB, STEP_TOKENS = 256, 2048  # the same budget for all
+QUICK_NEW = 48
 Generate = Callable[[list[list[int]], int], object]  # prompts, new tokens
 
 
@@ -294,6 +295,7 @@ def rows_of(size: Size, dtype: str, batch: int, taken: dict[str, Samples], argum
             "target": size.target(dtype, batch),
             "spread": " / ".join(f"{taken[name].spread:.1%}" for name in ("native", best) if name),
             "rounds": len(taken["native"].values),
+            "new tokens": size.new,
             "threads": arguments.threads,
             "others cpu": round(arguments.others_cpu, 2),
             **{name: round(rate) for name, rate in rates.items()},
@@ -320,12 +322,19 @@ def information(size: Size, dtype: str, batch: int, taken: dict[str, Samples]) -
         )
 
 
+def sizes_of(arguments: Any) -> list[Size]:
+    """The models to measure; a quick run makes fewer new tokens."""
+    if arguments.size == "toy":
+        return [TOY]
+    sizes = [size for size in SIZES if size.name in arguments.models.split(",")]
+    return [replace(size, new=QUICK_NEW) for size in sizes] if arguments.quick else sizes
+
+
 def main() -> None:
     arguments = parse(__doc__.splitlines()[0], threads=1, size="full", models="1M,25M")
-    sizes = (TOY,) if arguments.size == "toy" else [size for size in SIZES if size.name in arguments.models.split(",")]
     rows = []
     with tempfile.TemporaryDirectory(prefix="raytron-generate-") as folder:
-        for size in sizes:
+        for size in sizes_of(arguments):
             path = make_model(size, folder)
             for dtype in ("fp32", "bf16"):
                 rows += measure(size, dtype, path, arguments)
