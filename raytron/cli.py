@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from raytron.data import BlendedDataset, GPTDataset, MicroBatch, Tokenizer
     from raytron.models.base import ShardedModel
 
-__all__ = ["Convert", "Eval", "Generate", "Models", "Preprocess", "main", "parse"]
+__all__ = ["Bench", "Chat", "Convert", "Eval", "Generate", "Models", "Preprocess", "main", "parse"]
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,131 @@ class Generate:
             yield done
 
 
-COMMANDS = {"preprocess": Preprocess, "models": Models, "convert": Convert, "eval": Eval, "generate": Generate}
+@dataclass(frozen=True)
+class Chat:
+    """Talk with a model in the terminal, over any server with OpenAI's API. A pipe's lines are answered one by one."""
+
+    url: str | None = None
+    """Of the API; by default OPENAI_BASE_URL, or http://127.0.0.1:8000/v1."""
+    key: str | None = None
+    """API key; by default OPENAI_API_KEY."""
+    model: str = ""
+    """By default the first the server names."""
+    system: str | None = None
+    """System prompt."""
+    temperature: float | None = None
+    """By default the server's, as with all that follow."""
+    top_p: float | None = None
+    max_tokens: int | None = None
+    """Longest answer."""
+    seed: int | None = None
+
+    def run(self) -> None:
+        """Until /quit, Ctrl-D or the end of the pipe."""
+        from raytron.serving.chat import Chat as Conversation
+        from raytron.serving.chat import talk
+
+        chosen = ("temperature", "top_p", "max_tokens", "seed")
+        options = {name: value for name in chosen if (value := getattr(self, name)) is not None}
+        chat = Conversation(_api_url(self.url), _api_key(self.key), self.model, self.system, options)
+        try:
+            talk(chat)
+        finally:
+            chat.close()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure a server with OpenAI's API under load: TTFT, TPOT, ITL in tokens, E2E, rates and goodput."""
+
+    what: Positional[Literal["serve"]]
+    """What to measure."""
+    url: str | None = None
+    """Of the API; by default OPENAI_BASE_URL, or http://127.0.0.1:8000/v1."""
+    key: str | None = None
+    """API key; by default OPENAI_API_KEY."""
+    model: str = ""
+    """By default the first the server names."""
+    endpoint: Literal["completions", "chat"] = "completions"
+    requests: int = 200
+    rate: float = math.inf
+    """Requests a second, at the times of a Poisson process; inf sends all at once."""
+    concurrency: int | None = None
+    """Most requests under way; by default any number. With it, requests may be sent later than due."""
+    input_tokens: int = 128
+    """Words of a prompt, or tokens of it with `vocabulary`."""
+    output_tokens: int = 64
+    """Longest answer."""
+    shared_tokens: int = 0
+    """Words or tokens at the beginning that all prompts share."""
+    vocabulary: int | None = None
+    """Send prompts of random token ids below this, instead of words."""
+    ignore_eos: bool = True
+    """Have answers go on to their longest; a field of vLLM's and ours that other servers may refuse."""
+    temperature: float = 0.0
+    warmup: int = 2
+    """Requests before the measurement."""
+    seed: int = 0
+    goodput_ttft_ms: float | None = None
+    """A request that keeps to these limits counts as goodput."""
+    goodput_tpot_ms: float | None = None
+    output: str | None = None
+    """JSON file to write the figures to."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        for name in ("requests", "input_tokens", "output_tokens", "rate", "concurrency", "vocabulary"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be positive")
+        if self.shared_tokens > self.input_tokens:
+            raise ValueError(f"shared_tokens {self.shared_tokens} must not exceed input_tokens {self.input_tokens}")
+
+    def run(self) -> None:
+        """Send the load and print the figures."""
+        import asyncio
+        from dataclasses import fields
+
+        from raytron.serving.bench import Load, measure, summary
+
+        names = {field.name for field in fields(Load)} - {"url", "key", "options"}
+        chosen = {name: getattr(self, name) for name in names}
+        options = {"temperature": self.temperature}
+        load = Load(url=_api_url(self.url), key=_api_key(self.key), options=options, **chosen)
+        found = summary(load, asyncio.run(measure(load)), self.goodput_ttft_ms, self.goodput_tpot_ms)
+        if self.output is not None:
+            Path(self.output).write_text(json.dumps(found, indent=2) + "\n")
+        print(json.dumps(found)) if self.json else self._show(found)
+        if found["failed"]:
+            raise ValueError(f"{found['failed']} of {found['requests']} requests failed: {'; '.join(found['errors'])}")
+
+    @staticmethod
+    def _show(found: dict[str, Any]) -> None:
+        from rich.console import Console
+
+        from raytron.serving.bench import headline, table
+
+        Console().print(table(found))
+        print(headline(found))
+
+
+def _api_url(url: str | None) -> str:
+    return (url or os.environ.get("OPENAI_BASE_URL") or "http://127.0.0.1:8000/v1").rstrip("/")
+
+
+def _api_key(key: str | None) -> str | None:
+    return key or os.environ.get("OPENAI_API_KEY")
+
+
+COMMANDS = {
+    "preprocess": Preprocess,
+    "models": Models,
+    "convert": Convert,
+    "eval": Eval,
+    "generate": Generate,
+    "chat": Chat,
+    "bench": Bench,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
