@@ -7,7 +7,7 @@ counts; ours eager and compiled, the best counts. All variants of a case take tu
 Floor: 6 FLOPs per weight in a matrix product and token, plus causal attention, at the rate of a large matrix product
 measured in the same run (`share of peak` says how near we are); AdamW reads and writes 28 bytes a parameter.
 
-    python benchmarks/train_step.py [--quick] [--threads 2]
+    python benchmarks/train_step.py [--quick] [--threads 2] [--case "25M bf16"]
 """
 
 from __future__ import annotations
@@ -138,13 +138,14 @@ def _best(taken: dict[str, Samples], who: str) -> str:
 
 
 def main() -> None:
-    arguments = parse(__doc__.splitlines()[0], threads=2)
+    arguments = parse(__doc__.splitlines()[0], threads=2, case="")
     torch.set_num_threads(arguments.threads)
     shapes = ["6L-h256"] if arguments.quick else list(SHAPES)
     cases = [(shape, family) for shape in shapes for family in ("fp32", "bf16")]
-    rows = [measure(shape, family, arguments.quick, arguments.others_cpu) for shape, family in cases]
-    if not arguments.quick:
-        write_results(Path(__file__).parent / "results" / f"{BENCHMARK}.md", rows)
+    chosen = [(shape, family) for shape, family in cases if arguments.case in f"{shape} {family}"]
+    rows = [measure(shape, family, arguments.quick, arguments.others_cpu) for shape, family in chosen]
+    if arguments.output or not (arguments.quick or arguments.case):
+        write_results(arguments.output or Path(__file__).parent / "results" / f"{BENCHMARK}.md", rows)
 
 
 if __name__ == "__main__":
