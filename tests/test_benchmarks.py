@@ -61,6 +61,7 @@ def test_gpu_training_is_right_and_needs_torch_alone(tmp_path: Path):
     assert all(row["case"] in page.read_text() for row in rows)
 
 
+@pytest.mark.slow
 def test_parity_notices_a_wrong_collective(tmp_path: Path):
     # The same script with a line that forgets to sum: what it reports must be what decides its exit status.
     script = tmp_path / "gpu" / "train.py"
