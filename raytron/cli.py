@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, PositionalMetavarFromFieldName
 
-from raytron.config import DataConfig, report_error
+from raytron.config import DataConfig, EngineConfig, ReplicaConfig, ServeConfig, report_error
 
 if TYPE_CHECKING:
     from raytron.data import BlendedDataset, GPTDataset, MicroBatch, Tokenizer
     from raytron.models.base import ShardedModel
 
-__all__ = ["Bench", "Chat", "Convert", "Eval", "Generate", "Models", "Preprocess", "main", "parse"]
+__all__ = ["Bench", "Chat", "Convert", "Eval", "Generate", "Models", "Preprocess", "Serve", "main", "parse"]
 
 
 @dataclass(frozen=True)
@@ -400,6 +400,82 @@ def _api_key(key: str | None) -> str | None:
     return key or os.environ.get("OPENAI_API_KEY")
 
 
+@dataclass(frozen=True)
+class Serve:
+    """Serve models over HTTP: OpenAI's API, a chat page, metrics. On a local Ray, or the cluster at RAY_ADDRESS."""
+
+    models: Positional[tuple[str, ...]]
+    """Hugging Face directories, checkpoints or runs, each as PATH or NAME=PATH; requests name them by NAME."""
+    engine: Literal["native", "vllm"] = "native"
+    tp: int = 1
+    """Tensor parallel size of an engine."""
+    pp: int = 1
+    """Pipeline stages of an engine."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is what the model's config.json says."""
+    max_model_len: int | None = None
+    """Tokens of prompt and output together; by default the model's max_position_embeddings."""
+    max_num_seqs: int = 64
+    """Sequences computed together by an engine; others wait."""
+    kv_cache_mb: float = 512.0
+    """Memory for keys and values, on each rank."""
+    threads: int | None = None
+    """CPU threads, and CPU slots, of a rank; by default 1."""
+    use_gpu: bool = False
+    """Give every rank a GPU."""
+    replicas: int = 1
+    """Engines of each model, at most."""
+    min_replicas: int | None = None
+    """At least so many, and more as requests queue up; 0 starts the first when somebody asks. By default all."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every interface of the machine, and then wants keys."""
+    port: int = 8000
+    """0 takes a free one."""
+    api_key: tuple[str, ...] = ()
+    """Keys that may ask; the variable RAYTRON_API_KEYS (separated by commas) keeps them off the command line."""
+    admin_key: str | None = None
+    """The key of /admin, where weights are changed; or the variable RAYTRON_ADMIN_KEY."""
+    requests_per_minute: float | None = None
+    """Of one key, or of one address where there are no keys."""
+    max_queue: int = 256
+    """Requests that may wait at one engine; more are refused with 429."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("no MODELS; name a model's directory or a run, as PATH or NAME=PATH")
+
+    def run(self) -> None:
+        """Serve until Ctrl-C or SIGTERM, then finish what is running."""
+        from raytron.serving.app import ServedModel, serve_until_stopped
+
+        named = [_named(model) for model in self.models]
+        models = [ServedModel(name, self._engine(path), self._replicas()) for name, path in named]
+        serve_until_stopped(models, self._http())
+
+    def _engine(self, path: str) -> EngineConfig:
+        same = ("engine", "tp", "pp", "dtype", "max_model_len", "max_num_seqs", "kv_cache_mb", "threads")
+        directory = os.path.abspath(model_directory(path))
+        return EngineConfig(path=directory, **{name: getattr(self, name) for name in same})
+
+    def _replicas(self) -> ReplicaConfig:
+        least = self.replicas if self.min_replicas is None else self.min_replicas
+        return ReplicaConfig(min_replicas=least, max_replicas=self.replicas, use_gpu=self.use_gpu)
+
+    def _http(self) -> ServeConfig:
+        keys = self.api_key or tuple(filter(None, os.environ.get("RAYTRON_API_KEYS", "").split(",")))
+        admin = self.admin_key or os.environ.get("RAYTRON_ADMIN_KEY")
+        same = ("host", "port", "requests_per_minute", "max_queue")
+        return ServeConfig(api_keys=keys, admin_key=admin, **{name: getattr(self, name) for name in same})
+
+
+def _named(model: str) -> tuple[str, str]:
+    """Name and path of NAME=PATH or PATH, whose name is its last folder's."""
+    name, equals, path = model.partition("=")
+    if equals and name and "/" not in name:
+        return name, path
+    return Path(model).absolute().name, model
+
+
 COMMANDS = {
     "preprocess": Preprocess,
     "models": Models,
@@ -408,6 +484,7 @@ COMMANDS = {
     "generate": Generate,
     "chat": Chat,
     "bench": Bench,
+    "serve": Serve,
 }
 
 

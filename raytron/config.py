@@ -34,10 +34,12 @@ __all__ = [
     "ParallelConfig",
     "PretrainConfig",
     "RecomputeConfig",
+    "ReplicaConfig",
     "RunConfig",
     "ScalingConfig",
     "ScheduleConfig",
     "ServeConfig",
+    "ServingConfig",
     "TrainConfig",
     "Typed",
     "cli",
@@ -412,6 +414,48 @@ class ServeConfig(Typed):
             _require(getattr(self, name) >= 1, f"serve.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("max_body_mb", "header_timeout_s", "body_timeout_s", "keep_alive_s"):
             _require(getattr(self, name) > 0, f"serve.{name} is {getattr(self, name)}; it must be positive")
+
+
+@dataclass(frozen=True)
+class ReplicaConfig(Typed):
+    """How many engines serve a model, what each reserves, and when there are more or fewer."""
+
+    min_replicas: int = 1
+    """0 gives everything back when nobody asks; the first request then waits for a replica to start."""
+    max_replicas: int = 1
+    target_requests: float = 16.0
+    """Requests in flight and waiting, for each replica, to aim at; more of them add replicas, fewer end some."""
+    upscale_delay_s: float = 2.0
+    """How long there must be more before a replica is added (from zero: not at all)."""
+    downscale_delay_s: float = 60.0
+    """How long there must be fewer before a replica is ended."""
+    drain_s: float = 120.0
+    """A replica that is to end may take so long to finish its requests."""
+    resources: dict[str, float] | None = None
+    """What a rank reserves, by Ray's names; by default a CPU slot for each of its threads, and its GPU."""
+    use_gpu: bool = False
+    """Give every rank a GPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            0 <= self.min_replicas <= self.max_replicas and self.max_replicas >= 1,
+            f"replicas {self.min_replicas} to {self.max_replicas}: min may be 0, max must be at least 1 and min",
+        )
+        _require(self.target_requests > 0, f"replicas.target_requests is {self.target_requests}; it must be positive")
+        for name in ("upscale_delay_s", "downscale_delay_s", "drain_s"):
+            _require(getattr(self, name) >= 0, f"replicas.{name} is {getattr(self, name)}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class ServingConfig(Typed):
+    """A served model: its engine, how many of them, and what faces the network."""
+
+    name: str = "model"
+    """What requests call it."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    replicas: ReplicaConfig = field(default_factory=ReplicaConfig)
+    http: ServeConfig = field(default_factory=ServeConfig)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pretrain a 3M Llama on Python's own library, on four shard actors (TP 2 x PP 2), and read what it writes.
+"""Pretrain a 3M Llama on Python's own library, on four shard actors (TP 2 x PP 2), then serve it and ask it something.
 
 A few minutes on two CPU cores; then longer, or on your own text:
     python recipes/quickstart.py
@@ -39,9 +39,8 @@ config = PretrainConfig(
 if __name__ == "__main__":
     config = cli(config, description=__doc__)
     from raytron import pretrain
-    from raytron.data import load_tokenizer, write_stdlib_corpus
-    from raytron.inference import sample
-    from raytron.models import from_pretrained
+    from raytron.data import write_stdlib_corpus
+    from raytron.serving.app import ask_once
 
     if not (config.data.path or config.data.blend):
         corpus = write_stdlib_corpus(f"runs/{config.run.name}/corpus.jsonl")
@@ -49,8 +48,6 @@ if __name__ == "__main__":
     result = pretrain.run(config)
     if result.checkpoint is None:
         raise SystemExit("no checkpoint was saved, so there is no model to write with")
-    directory = f"{result.checkpoint.path}/model"
-    model, tokenizer = from_pretrained(directory), load_tokenizer(directory)
     prompt = "class Reader:\n    def read(self, size=-1):\n        "
-    text = sample(model, tokenizer.encode(prompt), 100, temperature=0.7, stop=tokenizer.eod)
-    print(f"\nThe model continues:\n\n{prompt}{tokenizer.decode(text)}")
+    text = ask_once(f"{result.checkpoint.path}/model", prompt, max_tokens=100)
+    print(f"\nThe model continues:\n\n{prompt}{text}")

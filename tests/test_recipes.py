@@ -60,7 +60,7 @@ finally:
 """
     done = run(sys.executable, "-c", code, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert "--parallel.tp INT" in done.stdout
+    assert re.search(r"--(parallel\.|engine\.)?tp INT", done.stdout)
     assert "Tensor parallel size" in done.stdout, "the sentence below a field is its help"
 
 

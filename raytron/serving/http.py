@@ -127,10 +127,26 @@ class Server:
         host = f"[{self.config.host}]" if family == socket.AF_INET6 else self.config.host
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
         self._thread: threading.Thread | None = None
+        self._serving: asyncio.Task[None] | None = None
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM, and then until what is running is answered."""
         self._uvicorn.run(sockets=[self._socket])
+
+    async def open(self) -> None:
+        """Serve on the event loop that this is called on, until `close`."""
+        self._serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._socket]))
+
+    @property
+    def broken(self) -> bool:
+        """Whether it ended without having been closed."""
+        return self._serving is not None and self._serving.done() and not self._uvicorn.should_exit
+
+    async def close(self) -> None:
+        """Take no more connections, and return when what is running is answered."""
+        self._uvicorn.should_exit = True
+        if self._serving is not None:
+            await self._serving
 
     def __enter__(self) -> Server:
         up = threading.Event()
