@@ -24,7 +24,7 @@ from typing import Any
 
 import aiohttp
 
-__all__ = ["Load", "Measured", "headline", "measure", "summary", "table"]
+__all__ = ["Load", "Measured", "arrivals", "bodies", "headline", "measure", "summary", "table"]
 
 PERCENTILES = (50, 90, 95, 99)
 WORDS = "time year people way day man thing woman life child world school state family student group country problem"
@@ -92,19 +92,19 @@ class Measured:
 
 async def measure(load: Load) -> list[Measured]:
     """Send the load and wait for all answers. Raises ValueError when not even the warm-up is answered."""
-    bodies, due = _bodies(load), _arrivals(load)
+    asked, due = bodies(load), arrivals(load)
     limit = asyncio.Semaphore(load.concurrency or load.requests + load.warmup)
     headers = {"Authorization": f"Bearer {load.key}"} if load.key else {}
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None, connect=60, sock_read=600)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as http:
         load_model = load.model or await _only_model(http, load)
-        for body in bodies:
+        for body in asked:
             body["model"] = load_model
-        warm = await asyncio.gather(*(_ask(http, load, body, 0.0, limit, 0.0) for body in bodies[load.requests :]))
+        warm = await asyncio.gather(*(_ask(http, load, body, 0.0, limit, 0.0) for body in asked[load.requests :]))
         if errors := [one.error for one in warm if one.error]:
             raise ValueError(f"{load.url}: {errors[0]}")
         begun = time.perf_counter()
-        asking = (_ask(http, load, body, at, limit, begun) for body, at in zip(bodies, due, strict=False))
+        asking = (_ask(http, load, body, at, limit, begun) for body, at in zip(asked, due, strict=False))
         return list(await asyncio.gather(*asking))
 
 
@@ -117,7 +117,7 @@ async def _only_model(http: aiohttp.ClientSession, load: Load) -> str:
         raise ValueError(f"{load.url} names no model ({error}); is it running? say which with --model") from error
 
 
-def _arrivals(load: Load) -> list[float]:
+def arrivals(load: Load) -> list[float]:
     """When requests are due, in seconds."""
     chance, now, due = random.Random(load.seed), 0.0, []
     for _ in range(load.requests):
@@ -126,7 +126,7 @@ def _arrivals(load: Load) -> list[float]:
     return due
 
 
-def _bodies(load: Load) -> list[dict[str, Any]]:
+def bodies(load: Load) -> list[dict[str, Any]]:
     """A body for each request, and for the warm-up; prompts begin alike for `shared_tokens` and then differ."""
     chance, words = random.Random(load.seed + 1), WORDS.split()
 
@@ -135,13 +135,13 @@ def _bodies(load: Load) -> list[dict[str, Any]]:
             return [chance.randrange(load.vocabulary) for _ in range(count)]
         return [chance.choice(words) for _ in range(count)]
 
-    shared, bodies = draw(load.shared_tokens), []
+    shared, made = draw(load.shared_tokens), []
     for _ in range(load.requests + load.warmup):
         prompt: Any = [*shared, *draw(load.input_tokens - load.shared_tokens)]
         prompt = " ".join(prompt) if load.vocabulary is None else prompt
         chat = {"messages": [{"role": "user", "content": prompt}]}
-        bodies.append((chat if load.endpoint == "chat" else {"prompt": prompt}) | _common(load))
-    return bodies
+        made.append((chat if load.endpoint == "chat" else {"prompt": prompt}) | _common(load))
+    return made
 
 
 def _common(load: Load) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from raytron.cli import main
-from raytron.serving.bench import Load, Measured, _arrivals, measure, summary
+from raytron.serving.bench import Load, Measured, arrivals, measure, summary
 
 
 def made(*arrivals: tuple[float, int], sent: float = 0.0, **fields) -> Measured:
@@ -39,14 +39,14 @@ def test_the_figures():
     json.dumps(found)
 
 
-def test_arrivals_are_poisson_and_repeat():
-    due = _arrivals(Load(requests=20_000, rate=50.0))
+def testarrivals_are_poisson_and_repeat():
+    due = arrivals(Load(requests=20_000, rate=50.0))
     gaps = [b - a for a, b in itertools.pairwise(due)]
     mean = sum(gaps) / len(gaps)
     assert mean == pytest.approx(1 / 50, rel=0.05)
     assert sum((gap - mean) ** 2 for gap in gaps) / len(gaps) == pytest.approx(mean**2, rel=0.1)
-    assert due == _arrivals(Load(requests=20_000, rate=50.0))
-    assert set(_arrivals(Load(requests=5))) == {0.0}
+    assert due == arrivals(Load(requests=20_000, rate=50.0))
+    assert set(arrivals(Load(requests=5))) == {0.0}
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
