@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("train_step.py", "actor_overhead.py", "checkpoint.py", "startup.py", "generate.py", "gpu/train.py")
+SCRIPTS = (
+    "train_step.py",
+    "actor_overhead.py",
+    "checkpoint.py",
+    "startup.py",
+    "generate.py",
+    "serve.py",
+    "gpu/train.py",
+)
 # What a machine with torch, numpy and safetensors alone does not have.
 ABSENT = ("ray", "transformers", "tokenizers", "xxhash", "pyarrow", "rich", "tyro", "matplotlib", "tensorboard")
 WITHOUT = f"""
@@ -109,4 +117,14 @@ def test_generate(tmp_path: Path):
     assert [row["case"] for row in rows if "target" in row["details"]] == names
     assert all(("ratio" in row) == ("peer" in row and row["case"] in names) for row in rows)
     assert {f"{name}-{what}" for name in names for what in ("transformers", "reproducible")} < {r["case"] for r in rows}
+    assert all(row["case"] in page.read_text() for row in rows)
+
+
+@pytest.mark.slow
+def test_serve(tmp_path: Path):
+    page = tmp_path / "serve.md"
+    rows = rows_of(run(ROOT / "benchmarks" / "serve.py", "--models", "toy", "--force", "--output", page))
+    cases = ["ttft-p50", "ttft-p99", "tpot", "saturation", "http-ttft-p50", "http-tpot", "ray-ttft-p50", "ray-tpot"]
+    assert [row["case"] for row in rows] == [f"toy-bf16-{case}" for case in cases]
+    assert all(row["ours"] > 0 and "ratio" not in row for row in rows)
     assert all(row["case"] in page.read_text() for row in rows)
