@@ -318,18 +318,10 @@ class NativeEngine:
 
     def _advance(self, sequence: Running, token: int, logprob: float, top: Mapping[int, float] | None) -> Output:
         """Append a sampled token; the output it makes, the last one if it ends the sequence."""
-        state, params = sequence.state, sequence.request.params
         sequence.tokens.append(token)
         count = len(sequence.tokens) - sequence.prompt
         self._counters["generated_tokens"] += 1
-        text, stop = state.text.push(token, count > params.min_tokens) if state.text else ("", None)
-        reason: str | None = None
-        if (token in self._ends and not params.ignore_eos) or token in params.stop_token_ids:
-            reason, stop = "stop", token if token in params.stop_token_ids else None
-        elif stop is not None or (state.matcher is not None and self._constrained_end(state.matcher, token)):
-            reason = "stop"
-        elif count >= state.limit or len(sequence.tokens) >= self.max_model_len:
-            reason = "length"
+        text, reason, stop = self._judge(sequence, token, count)
         fields = self._once(sequence)
         fields |= {"token_ids": (token,), "logprobs": (logprob,), "versions": (self.version,)}
         if top is not None:
@@ -337,6 +329,19 @@ class NativeEngine:
         if reason is not None:
             return self._finish(sequence, fields, reason, stop, text)
         return Output(sequence.request.id, sequence.index, text=text, **fields)
+
+    def _judge(self, sequence: Running, token: int, count: int) -> tuple[str, str | None, int | str | None]:
+        """(text to show, why the sequence ends or None, the stop text or token that ends it) with its newest token."""
+        state, params = sequence.state, sequence.request.params
+        if token in params.stop_token_ids:
+            return "", "stop", token
+        if token in self._ends and not params.ignore_eos:
+            return "", "stop", None
+        text, stop = state.text.push(token, count > params.min_tokens) if state.text else ("", None)
+        if stop is not None or (state.matcher is not None and self._constrained_end(state.matcher, token)):
+            return text, "stop", stop
+        full = count >= state.limit or len(sequence.tokens) >= self.max_model_len
+        return text, "length" if full else None, None
 
     @staticmethod
     def _constrained_end(matcher: Any, token: int) -> bool:
@@ -379,8 +384,9 @@ class NativeEngine:
     def start_weight_update(self, mode: PauseMode = "keep") -> list[Output]:
         """See `Engine.start_weight_update`."""
         if self._updating:
-            raise RuntimeError("a weight update is under way already; finish it first")
-        if not self._stale:  # else it is paused because the last update failed
+            if self._touched:  # given up half-way, for this one
+                self._stale = "an update was begun anew before it was finished"
+        elif not self._stale:  # else it is paused because the last update failed
             self._resume_after = not self._paused
         outputs = self.pause(mode)
         self._updating = True

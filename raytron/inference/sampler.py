@@ -143,13 +143,15 @@ def _draw(logits: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor
 
 
 def _draw_cut(logits: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """top_k and min_p cut the distribution, top_p what they leave of it."""
     values, ids = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = torch.softmax(values, -1)
-    before = probabilities.cumsum(-1) - probabilities
     rank = torch.arange(values.shape[1], device=values.device)
-    keep = before < _column([p.top_p for p in params], values)
-    keep &= rank < _column([p.top_k if p.top_k > 0 else values.shape[1] for p in params], values)
+    keep = rank < _column([p.top_k if p.top_k > 0 else values.shape[1] for p in params], values)
     keep &= probabilities >= _column([p.min_p for p in params], values) * probabilities[:, :1]
+    left = probabilities * keep
+    before = left.cumsum(-1) - left
+    keep &= before < _column([p.top_p for p in params], values) * left.sum(-1, keepdim=True)
     keep[:, 0] = True
     return ids.gather(1, _invert(probabilities * keep, u).unsqueeze(1)).squeeze(1)
 

@@ -50,7 +50,7 @@ class SamplingParams(Typed):
     top_k: int = 0
     """Only the likeliest so many; 0 (or -1) is all of them."""
     top_p: float = 1.0
-    """Only the likeliest that together have this probability."""
+    """Only the likeliest that together have this share of what top_k and min_p leave."""
     min_p: float = 0.0
     """Only those at least this probable, as a share of the likeliest."""
     repetition_penalty: float = 1.0
@@ -66,7 +66,7 @@ class SamplingParams(Typed):
     stop: tuple[str, ...] = ()
     """Texts that end the output; they are not part of it."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the output, besides the model's own end."""
+    """Tokens that end the output, besides the model's own end; their text is not part of it."""
     ignore_eos: bool = False
     """Go on past the model's end token."""
     max_tokens: int | None = 16
@@ -219,7 +219,7 @@ class Engine(Protocol):
         """Go on after `pause`."""
 
     def start_weight_update(self, mode: PauseMode = "keep") -> list[Output]:
-        """Pause as `pause(mode)` and make ready for new weights; returns the same."""
+        """Pause as `pause(mode)` and make ready for new weights; returns the same. One under way is given up for it."""
 
     def update_weights(self, weights: Mapping[str, Any] | str) -> None:
         """New values: canonical name -> whole tensor, any part of them a call; or the path of a Hugging Face directory.
