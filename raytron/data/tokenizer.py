@@ -129,7 +129,7 @@ class ByteTokenizer(HFTokenizer):
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
 
-        vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+        vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
@@ -293,7 +293,7 @@ def _hf_files(backend: tokenizers.Tokenizer, kind: str | None = None) -> dict[st
     }
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character that byte-level tokenizers (GPT-2) write for each of the 256 bytes."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
     substitutes = iter(range(256, 512))

@@ -4,7 +4,6 @@ from raytron.inference.engine import NativeEngine
 from raytron.inference.launch import make_engine
 from raytron.inference.llm import LLM
 from raytron.inference.loop import EngineFailed, EngineLoop, Overloaded
-from raytron.inference.sample import sample
 from raytron.inference.types import (
     Collector,
     Completion,
@@ -33,5 +32,4 @@ __all__ = [
     "Stats",
     "WeightUpdateError",
     "make_engine",
-    "sample",
 ]

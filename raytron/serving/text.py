@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from raytron.data.chat import ChatTemplate, Rendered
-from raytron.data.tokenizer import HFTokenizer, load_tokenizer
+from raytron.data.tokenizer import HFTokenizer, byte_characters, load_tokenizer
 
 __all__ = ["Rendered", "Text"]
 
@@ -23,7 +23,7 @@ class Text:
         self.tokenizer = load_tokenizer(directory)
         self.template = ChatTemplate(directory)
         self._bytes = functools.cache(self._token_bytes)
-        self._alphabet = {character: byte for byte, character in enumerate(_byte_characters())}
+        self._alphabet = {character: byte for byte, character in enumerate(byte_characters())}
 
     # ---------------------------------------------------------------------------------------------------------- tokens
 
@@ -100,10 +100,3 @@ class Text:
         )
         length = sum(len(message["content"]) for message in messages)
         return await asyncio.to_thread(render) if length > LONG or tools else render()
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that byte-level tokenizers (GPT-2) write for each of the 256 bytes."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
-    substitutes = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]
