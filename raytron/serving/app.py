@@ -21,8 +21,8 @@ import signal
 import socket
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -125,6 +125,7 @@ def deployment_options(model: ServedModel, max_queue: int) -> dict[str, Any]:
         "max_queued_requests": max_queue,
         "graceful_shutdown_timeout_s": replicas.drain_s,
         "graceful_shutdown_wait_loop_s": 0.2,
+        "max_constructor_retry_count": 3,
         "health_check_period_s": HEALTH_S,
         "health_check_timeout_s": HEALTH_TIMEOUT_S,
         "logging_config": QUIET,
@@ -277,15 +278,15 @@ def run(
     config = config or ServeConfig()
     config = replace(config, port=_free_port(config.host, config.port))
     application = build(models, config, start=start)
-    own = session is None  # Serve's controller and the ingress reserve no slot
-    session = session or Session(slots=sum(model.slots for model in models))
+    own = session is None
+    session = session or Session(slots=_slots(models))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started = not _serve_runs()
 
     def end() -> None:
         with suppress(RayServeException):
             serve.delete(name)
-            if own and started and not session.owned:
+            if started and not session.owned and not serve.status().applications:
                 serve.shutdown()
         if own:
             session.close()
@@ -309,19 +310,40 @@ def serve_until_stopped(models: Sequence[ServedModel], config: ServeConfig | Non
     For the main thread.
     """
     config = config or ServeConfig()
-    stop, before = threading.Event(), {}
-
-    def asked(number: int, frame: Any) -> None:
-        stop.set()
-        for which, handler in before.items():
-            signal.signal(which, handler)
-
-    before |= {which: signal.signal(which, asked) for which in (signal.SIGINT, signal.SIGTERM)}
     print(f"starting {', '.join(model.name for model in models)} ...", flush=True)
-    with run(models, config) as app:
+    # Handlers come after Ray's, which would end the process a few seconds after a SIGTERM.
+    with Session(_slots(models)) as session, _stop_requests() as stop, run(models, config, session=session) as app:
+        stop.up = True
         print(_greeting(app, config), flush=True)
         stop.wait()
         print("finishing what is running, then leaving", flush=True)
+
+
+class _Stop(threading.Event):
+    """Set by a signal; before `up`, a signal interrupts instead."""
+
+    up = False
+
+
+@contextmanager
+def _stop_requests() -> Iterator[_Stop]:
+    stop = _Stop()
+
+    def asked(number: int, frame: Any) -> None:
+        if stop.is_set() or not stop.up:
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _slots(models: Sequence[ServedModel]) -> int:
+    return sum(model.slots for model in models)  # Serve's controller and the ingress reserve none
 
 
 def _greeting(app: App, config: ServeConfig) -> str:
