@@ -325,6 +325,7 @@ class EngineLoop:
         else:
             self._failure = None
             done.set_result(version)
+        self._paused = self.engine.stats().paused
 
     def _deliver(self, outputs: Iterable[Output]) -> None:
         """Hand every output to its reader, those of a request together; outputs nobody waits for are dropped."""

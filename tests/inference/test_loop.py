@@ -178,6 +178,7 @@ def test_after_a_failed_update_nothing_is_answered_until_one_succeeds(tmp_path):
             await running
         with pytest.raises(EngineFailed, match="stale"):
             await collect(loop, request("b"))
+        assert "stale" in (await loop.stats()).health
         assert await loop.update_weights(weights(tmp_path, "good"), version=7) == 7
         assert [version for *_, version in await collect(loop, request("c"))] == [7] * 5
 
