@@ -90,7 +90,10 @@ class Letters:
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, outputs: list[Output], sender: object) -> None:
-        """Outputs have come."""
+        """Outputs have come. A second sender means that the first is gone, whether or not that has been noticed yet."""
+        if self.sender is not None and self.sender is not sender:
+            self.fail(LostError("another replica took over in the middle of the answer"))
+            return
         self.sender = sender
         self.received += len(outputs)
         self._outputs += outputs

@@ -70,6 +70,19 @@ def test_when_the_replica_goes_its_requests_hear_of_it_after_what_had_come():
     asyncio.run(scenario())
 
 
+def test_an_answer_has_one_sender():
+    async def scenario():
+        async with connected() as (mailbox, courier):
+            letters = mailbox.open("a", "a")
+            courier.add("a", [Output("a", text="one ")])
+            assert [o.text for o in await letters.read()] == ["one "]
+            letters.put([Output("a", text="again")], object())
+            with pytest.raises(LostError):
+                await letters.read()
+
+    asyncio.run(scenario())
+
+
 def test_when_the_http_side_goes_the_courier_hears_of_it():
     async def scenario():
         async with connected() as (mailbox, courier):
