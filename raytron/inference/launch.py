@@ -18,7 +18,7 @@ from raytron.models import build, read_arch
 from raytron.parallel.collectives import World
 from raytron.parallel.mesh import Mesh
 
-__all__ = ["make_engine"]
+__all__ = ["check_layout", "make_engine"]
 
 FOREVER = 10 * 365 * 86400.0  # seconds; an engine may wait that long for its next request
 START_S = 300.0  # for the other ranks to start Python and torch
@@ -34,10 +34,16 @@ def make_engine(config: EngineConfig) -> Engine:
         from raytron.inference.vllm import VLLMEngine
 
         return VLLMEngine(config)
-    arch, mesh = read_arch(config.path), Mesh(tp=config.tp, pp=config.pp)
-    for rank in range(mesh.size):  # a layout the model cannot be cut to is refused before anything starts
-        build(arch, World.sketch(mesh, rank), parallel=engine_parallel(config), device="meta")
-    return NativeEngine(config) if mesh.size == 1 else _ManyRanks(config)
+    check_layout(config)
+    return NativeEngine(config) if config.tp * config.pp == 1 else _ManyRanks(config)
+
+
+def check_layout(config: EngineConfig) -> None:
+    """ValueError for a native engine whose model is not there or cannot be cut to its layout. Takes no memory."""
+    if config.engine == "native":
+        arch, mesh = read_arch(config.path), Mesh(tp=config.tp, pp=config.pp)
+        for rank in range(mesh.size):
+            build(arch, World.sketch(mesh, rank), parallel=engine_parallel(config), device="meta")
 
 
 class _ManyRanks(NativeEngine):

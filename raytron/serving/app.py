@@ -39,6 +39,7 @@ from raytron.actors.replica import bundles, start_engine
 from raytron.actors.trainer import resources
 from raytron.config import EngineConfig, ReplicaConfig, ScalingConfig, ServeConfig
 from raytron.inference import Engine
+from raytron.inference.launch import check_layout
 from raytron.serving.backend import ModelCard
 from raytron.serving.channel import Mailbox
 from raytron.serving.http import Server
@@ -100,7 +101,7 @@ def build(
         start: makes a replica's engine.
 
     Raises:
-        ValueError: no model, two of one name, or a directory without one.
+        ValueError: no model, two of one name, a directory without one, or a layout it cannot be cut to.
     """
     config = config or ServeConfig()
     names = [model.name for model in models]
@@ -110,6 +111,7 @@ def build(
     served = {}
     for at, model in enumerate(models):
         card, noted = model.card(), f"raytron-weights-{key}-{at}"
+        check_layout(model.engine)
         options = deployment_options(model, config.max_queue)
         deployment = serve.deployment(EngineReplica).options(name=_deployment_name(at, model.name), **options)
         engine = deployment.bind(model.name, model.engine, model.each, noted, config.max_queue, start)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -222,9 +223,10 @@ def test_a_model_grows_from_nothing_and_shrinks_to_nothing(ray, paths):
         until(lambda: not pids("tide#engine"), "no process left")
 
 
-@pytest.mark.parametrize("bad", ["none", "twice", "nowhere"])
+@pytest.mark.parametrize("bad", ["none", "twice", "nowhere", "layout"])
 def test_what_cannot_be_served_is_said_before_anything_starts(paths, bad, tmp_path):
     model = served(paths[0], "tiny")
-    models = {"none": [], "twice": [model, model], "nowhere": [served(str(tmp_path), "gone")]}[bad]
-    with pytest.raises(ValueError, match=r"at least one|no model"):
+    uncut = replace(model, engine=replace(model.engine, tp=3))
+    models = {"none": [], "twice": [model, model], "nowhere": [served(str(tmp_path), "gone")], "layout": [uncut]}[bad]
+    with pytest.raises(ValueError, match=r"at least one|no model|parallel\.tp 3"):
         build(models)
