@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -344,6 +345,7 @@ def main() -> None:
         _, kind, path, dtype, port = sys.argv[1:]
         serve_http(path, dtype, int(port)) if kind == "http" else serve_direct(path, dtype)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end too
     arguments = parse(__doc__.splitlines()[0], models="1M,25M", dtype="bf16")
     rows = []
     with tempfile.TemporaryDirectory(prefix="raytron-serve-") as folder:

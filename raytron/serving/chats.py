@@ -65,7 +65,8 @@ class _Rendering:
         self._called: dict[int, int] = {}  # choice -> how many calls it has been told of
         self._forced: dict[int, str] = {}  # choice -> what has come of a forced call
         asks = (asked.logprobs, tools, asked.return_token_ids, asked.return_weight_versions)
-        self._plain = not any(asks) and not asked.usage_always
+        self._plain = not any(asks)
+        self._used = self.timer if asked.usage_always else None
 
     # ------------------------------------------------------------------------------------------------------- in a piece
 
@@ -125,7 +126,6 @@ class _Rendering:
 
     def _chunk(self, part: Output | Completion) -> str:
         version = part.versions[-1] if part.versions else self.timer.version
-        used = usage(self.timer) if self.asked.usage_always else None
         opening = ""
         if part.index not in self._begun:
             self._begun.add(part.index)
@@ -133,19 +133,22 @@ class _Rendering:
             choice = {"index": part.index, "delta": delta, "logprobs": None, "finish_reason": None}
             opening = self.chunks.any([choice], version)
         if self._plain and part.finish_reason is None:
-            return opening + (self.chunks.text(part.index, part.text, version) if part.text else "")
+            text = part.text or self._used
+            return opening + (self.chunks.text(part.index, part.text, version, self._used) if text else "")
         content, calls = self._parsed(part.index, part.text, last=part.finish_reason is not None)
         delta = {"content": content} if content or not calls else {}
         if calls:
             told = self._called.get(part.index, 0)
             self._called[part.index] = told + len(calls)
             delta["tool_calls"] = [{"index": told + k, **call.body()} for k, call in enumerate(calls)]
-        worth = content or calls or part.finish_reason or self.asked.logprobs or used or self.asked.return_token_ids
+        worth = (
+            content or calls or part.finish_reason or self.asked.logprobs or self._used or self.asked.return_token_ids
+        )
         if not worth:
             return opening
         choice = self._choice(part, {"delta": delta}, bool(self._called.get(part.index)))
-        return opening + self.chunks.any([choice], version, used)
+        return opening + self.chunks.any([choice], version, self._used)
 
     def end(self) -> bytes:
         """The last chunk, if it was asked for."""
-        return self.chunks.any([], self.timer.version, usage(self.timer)).encode() if self.asked.usage_at_end else b""
+        return self.chunks.any([], self.timer.version, self.timer).encode() if self.asked.usage_at_end else b""

@@ -63,7 +63,8 @@ class _Rendering:
         self._begun: set[tuple[int, int]] = set()
         self._offsets: dict[tuple[int, int], int] = {}
         asks = (asked.logprobs is not None, asked.echo, asked.return_token_ids, asked.return_weight_versions)
-        self._plain = not any(asks) and not asked.usage_always
+        self._plain = not any(asks)
+        self._used = self.timer if asked.usage_always else None
 
     # ------------------------------------------------------------------------------------------------------- in a piece
 
@@ -132,7 +133,8 @@ class _Rendering:
     def _chunk(self, number: int, part: Output | Completion) -> str:
         version = part.versions[-1] if part.versions else self.timer.version
         if self._plain and part.finish_reason is None:
-            return self.chunks.text(number * self.n + part.index, part.text, version) if part.text else ""
+            text = part.text or self._used
+            return self.chunks.text(number * self.n + part.index, part.text, version, self._used) if text else ""
         choice, key = self._choice(number, part), (number, part.index)
         first = key not in self._begun
         self._begun.add(key)
@@ -143,7 +145,7 @@ class _Rendering:
             choice["logprobs"] = self._streamed_logprobs(key, part, prompt if self.asked.echo and first else ())
         elif not (choice["text"] or part.finish_reason or self.asked.return_token_ids or self.asked.usage_always):
             return ""
-        return self.chunks.any([choice], version, usage(self.timer) if self.asked.usage_always else None)
+        return self.chunks.any([choice], version, self._used)
 
     def _streamed_logprobs(
         self, key: tuple[int, int], part: Output | Completion, prompt: tuple[int, ...]
@@ -155,4 +157,4 @@ class _Rendering:
 
     def end(self) -> bytes:
         """The last chunk, if it was asked for."""
-        return self.chunks.any([], self.timer.version, usage(self.timer)).encode() if self.asked.usage_at_end else b""
+        return self.chunks.any([], self.timer.version, self.timer).encode() if self.asked.usage_at_end else b""

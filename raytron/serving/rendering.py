@@ -9,6 +9,7 @@ from typing import Any
 
 from raytron.inference import Completion, Output
 from raytron.serving.answers import Numbered
+from raytron.serving.metrics import Timer
 from raytron.serving.text import Text
 
 __all__ = ["Chunks", "chat_logprobs", "completion_logprobs", "finite", "joined", "version_spans"]
@@ -106,13 +107,20 @@ class Chunks:
         self._head = f'data: {head},"weight_version":'
         self._before, self._after = before_text, after_text
 
-    def text(self, index: int, text: str, version: int) -> str:
-        """The common case: more text of a choice."""
+    def text(self, index: int, text: str, version: int, used: Timer | None = None) -> str:
+        """The common case: more text of a choice, with the usage so far where it is `used`."""
         choice = f'{{"index":{index},{self._before}{json.dumps(text)}{self._after}'
-        return f'{self._head}{version},"choices":[{choice},"logprobs":null,"finish_reason":null}}]}}\n\n'
+        told = "" if used is None else _usage(used.prompt_tokens, used.generated_tokens, used.cached_tokens)
+        return f'{self._head}{version},"choices":[{choice},"logprobs":null,"finish_reason":null}}]{told}}}\n\n'
 
-    def any(self, choices: Sequence[Mapping[str, Any]], version: int, usage: Mapping[str, Any] | None = None) -> str:
+    def any(self, choices: Sequence[Mapping[str, Any]], version: int, used: Timer | None = None) -> str:
         """Anything else."""
         spelt = json.dumps(choices, separators=(",", ":"))
-        used = "" if usage is None else f',"usage":{json.dumps(usage)}'
-        return f'{self._head}{version},"choices":{spelt}{used}}}\n\n'
+        told = "" if used is None else _usage(used.prompt_tokens, used.generated_tokens, used.cached_tokens)
+        return f'{self._head}{version},"choices":{spelt}{told}}}\n\n'
+
+
+def _usage(prompt: int, generated: int, cached: int) -> str:
+    """What `service.usage` says, as JSON: some clients want it in every chunk."""
+    total = f'"prompt_tokens":{prompt},"completion_tokens":{generated},"total_tokens":{prompt + generated}'
+    return f',"usage":{{{total},"prompt_tokens_details":{{"cached_tokens":{cached}}}}}'
