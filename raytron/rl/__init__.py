@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts, rewards, algorithms, and the loop that joins them."""
