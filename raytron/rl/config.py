@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raytron.config import Typed
 
-__all__ = ["AlgorithmConfig"]
+__all__ = ["AlgorithmConfig", "TaskConfig"]
 
 
 @dataclass(frozen=True)
@@ -15,3 +15,13 @@ class AlgorithmConfig(Typed):
 
     name: str = "grpo"
     """grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce_pp | reinforce_pp_baseline | ppo."""
+
+
+@dataclass(frozen=True)
+class TaskConfig(Typed):
+    """What is to be learnt."""
+
+    name: str = "echo-digit"
+    """echo-digit | copy | reverse | countdown | higher-lower | calculator | gsm8k."""
+    options: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Fields of the task (`raytron.rl.tasks`): `length 6 digits 4` for copy, `path train.jsonl` for gsm8k."""
