@@ -601,7 +601,7 @@ def _loss(model: ShardedModel, batches: Iterator[MicroBatch]) -> tuple[float, in
     total, tokens, tp = 0.0, 0, model.world.axis("tp")
     with torch.no_grad():
         for batch in batches:
-            given = {k: t.to(model.weights.device) for k, t in vars(batch).items() if t is not None}
+            given = vars(batch.map(lambda tensor: tensor.to(model.weights.device)))
             labels_T, mask_T = given["labels_BS"].flatten(), given["loss_mask_BS"].flatten()
             logits_BSV = model(given["tokens_BS"], given.get("position_ids_BS"), given.get("document_ids_BS"))
             total += next_token_loss(logits_BSV.flatten(0, 1), labels_T, mask_T, 0, tp).item()

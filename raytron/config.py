@@ -40,6 +40,7 @@ __all__ = [
     "ScheduleConfig",
     "ServeConfig",
     "ServingConfig",
+    "StepConfig",
     "TrainConfig",
     "Typed",
     "cli",
@@ -459,8 +460,8 @@ class ServingConfig(Typed):
 
 
 @dataclass(frozen=True)
-class TrainConfig(Typed):
-    """What a `TrainEngine` needs besides its model."""
+class StepConfig(Typed):
+    """How a model is trained, whatever it is trained on."""
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -469,10 +470,6 @@ class TrainConfig(Typed):
     guard: GuardConfig = field(default_factory=GuardConfig)
     precision: Literal["fp32", "bf16", "bf16-amp", "fp64"] = "fp32"
     """bf16: bf16 weights with fp32 masters; bf16-amp: fp32 weights, bf16 matrix products; fp64: for tests."""
-    global_batch_size: int = 8
-    """Samples per step, over all ranks."""
-    micro_batch_size: int = 1
-    """Samples one rank works on at a time."""
     steps: int = 100
     """Steps of the whole run."""
     seed: int = 1234
@@ -482,9 +479,22 @@ class TrainConfig(Typed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(self.steps >= 0, f"steps is {self.steps}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainConfig(StepConfig):
+    """What a `TrainEngine` needs besides its model, for batches of equal samples."""
+
+    global_batch_size: int = 8
+    """Samples per step, over all ranks."""
+    micro_batch_size: int = 1
+    """Samples one rank works on at a time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("global_batch_size", "micro_batch_size"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        _require(self.steps >= 0, f"steps is {self.steps}; it must not be negative")
 
     def micro_batches(self, dp: int) -> int:
         """Micro-batches one dp rank runs in a step."""

@@ -9,39 +9,26 @@ Ctrl-C and SIGTERM finish the steps under way, save and return; a second Ctrl-C 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import platform
-import signal
-import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from raytron.actors import CapacityError, Session, TrainerGroup, WorkerError, from_ray_train, result
 from raytron.actors.placement import Node, cluster, room
+from raytron.actors.runs import RunFolder, stop_requests
 from raytron.actors.trainer import resources
-from raytron.checkpoint import Storage
-from raytron.config import PretrainConfig, RunConfig, ScalingConfig, to_dict
+from raytron.config import PretrainConfig, RunConfig, ScalingConfig
 from raytron.data import build_datasets, load_tokenizer, prepare, unigram_entropy
 from raytron.metrics import (
     EvalRecord,
-    JsonlSink,
     MetricsWriter,
-    MlflowSink,
-    ProgressSink,
-    PrometheusSink,
     StepRecord,
-    TensorBoardSink,
-    WandbSink,
     loss_curve_png,
     read_records,
     summary_table,
@@ -118,19 +105,14 @@ class _Run:
         parallel = config.parallel
         self.mesh = Mesh(dp=config.dp(), pp=parallel.pp, tp=parallel.tp)
         self.memory = estimate_memory(self.arch, self.mesh, config, config.data.sequence_length)
-        self.storage = Storage.open(config.run.storage_path) / config.run.name
-        remote = "://" in config.run.storage_path
-        # A remote run keeps its small files here and copies them over at the end; checkpoints go there directly.
-        self.folder = (Path("runs") if remote else Path(config.run.storage_path)).absolute() / config.run.name
-        self.checkpoints = str(self.storage / "checkpoints")
+        self.folder = RunFolder(config.run)
         self.progress = _Progress()
-        self._refuse_overwriting()
+        self.folder.refuse_overwriting(config.resume)
 
     def drive(self) -> ray.train.Result:
         start = time.perf_counter()
-        self._write_json("config.json", to_dict(self.config))
-        self._write_json("versions.json", versions())
-        cache = os.environ.get("RAYTRON_CACHE") or str(self.folder / "data")
+        self.folder.describe(self.config)
+        cache = os.environ.get("RAYTRON_CACHE") or str(self.folder.path / "data")
         if not self.config.data.tokenizer.startswith("bpe:"):  # before the whole corpus is tokenized with a wrong one
             check_vocabulary(load_tokenizer(self.config.data.tokenizer).vocab_size, self.arch.vocab_size)
         self.prepared = prepare(self.config.data, cache)
@@ -160,13 +142,14 @@ class _Run:
 
     def _attempt(self, session: Session, stop: threading.Event, resume: bool) -> str | None:
         with TrainerGroup(self.mesh, self.config.scaling, wait_s=session.wait_s) as group:
-            group.create(PretrainTask, self.config, self.arch, self.prepared, self.checkpoints)
+            group.create(PretrainTask, self.config, self.arch, self.prepared, self.folder.checkpoints)
             step, damaged = group.load() if resume else (0, [])
             for problem in damaged:
                 self._say(f"passed over a damaged checkpoint: {problem}")
             if step:
-                self._say(f"continuing from step {step} of {self.checkpoints}", style="")
-            with MetricsWriter(self._sinks(step)) as writer:
+                self._say(f"continuing from step {step} of {self.folder.checkpoints}", style="")
+            sinks = self.folder.sinks(self.config, self.console, step)
+            with MetricsWriter(sinks) as writer:
                 self._loop(group, writer, step, stop)
             return group.call("latest")[0]
 
@@ -200,31 +183,6 @@ class _Run:
             self.progress.held_out = record
             writer.write(record)
 
-    def _sinks(self, step: int) -> list[Any]:
-        """Metrics files continue where the resumed run does."""
-        options, resume_step, folder = self.config.logging, step or None, self.folder
-        sinks = [JsonlSink(folder / "metrics.jsonl", resume_step=resume_step)]
-        sinks.append(ProgressSink(self.config.steps, console=self.console))
-        if options.tensorboard:
-            sinks.append(TensorBoardSink(folder / "tensorboard", resume_step=resume_step))
-        if options.prometheus:
-            sinks.append(PrometheusSink(folder / "metrics.prom", run=self.config.run.name))
-        if options.wandb_project:
-            named = {"run": self.config.run.name, "config": to_dict(self.config)}
-            sinks.append(WandbSink(options.wandb_project, directory=folder / "wandb", **named))
-        if options.mlflow_experiment:
-            named = {"run": self.config.run.name, "config": to_dict(self.config)}
-            sinks.append(MlflowSink(options.mlflow_experiment, **named))
-        return sinks
-
-    def _refuse_overwriting(self) -> None:
-        folders = (self.storage / "checkpoints").folders()
-        if not self.config.resume and folders:
-            raise ValueError(
-                f"run {self.config.run.name!r} already has checkpoints in {self.checkpoints} and resume is off; leave "
-                "resume on to continue it, choose another run.name, or remove them"
-            )
-
     def _announce(self) -> None:
         mesh, config = self.mesh, self.config
         if config.data.path or config.data.blend:
@@ -240,14 +198,15 @@ class _Run:
         )
 
     def _finish(self, checkpoint: str | None, wall_s: float) -> ray.train.Result:
-        metrics_file, picture = self.folder / "metrics.jsonl", self.folder / "loss.png"
+        folder = self.folder.path
+        metrics_file, picture = folder / "metrics.jsonl", folder / "loss.png"
         unigram = self._unigram() if self.progress.held_out else None
         if read_records(metrics_file):
             loss_curve_png(metrics_file, picture, unigram=unigram)
         progress, last = self.progress, self.progress.last
         if last is not None:
             files = {"model": f"{checkpoint}/model"} if checkpoint else {}
-            files |= {"loss curve": picture, "metrics": metrics_file, "run": self.folder}
+            files |= {"loss curve": picture, "metrics": metrics_file, "run": folder}
             table = summary_table(
                 name=self.config.run.name,
                 tokens=last.consumed_tokens,
@@ -260,9 +219,8 @@ class _Run:
                 files=files,
             )
             self.console.print(table)
-        if self.storage.renames is False:
-            self._upload()
-        return result(self._metrics(unigram), checkpoint, str(self.storage))
+        self.folder.upload()
+        return result(self._metrics(unigram), checkpoint, str(self.folder.storage))
 
     def _metrics(self, unigram: float | None) -> dict[str, Any]:
         last, held_out = self.progress.last, self.progress.held_out
@@ -277,19 +235,6 @@ class _Run:
 
     def _unigram(self) -> float | None:
         return None if self.held_out is None else unigram_entropy(self.held_out)
-
-    def _write_json(self, name: str, value: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(self.folder / name)
-
-    def _upload(self) -> None:
-        """Copy the run's small files to remote storage."""
-        for file in sorted(self.folder.rglob("*")):
-            part = file.relative_to(self.folder)
-            if file.is_file() and part.parts[0] not in ("data", "checkpoints"):
-                self.storage.write(part.as_posix(), file.read_bytes())
 
 
 def check_vocabulary(entries: int, vocab_size: int) -> None:
@@ -336,47 +281,3 @@ def refuse_if_too_big(memory: MemoryEstimate, mesh: Mesh, config: PretrainConfig
 
 
 _MEND = "Use more ranks (tp, pp, or dp with zero), recompute, a smaller micro_batch_size or model"
-
-
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second Ctrl-C raises KeyboardInterrupt as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request(number: int, frame: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-        print(f"\n{signal.Signals(number).name}: finishing the step, saving, then leaving", flush=True)
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def versions() -> dict[str, str | None]:
-    """What the run was made with."""
-    packages = ("raytron", "torch", "ray", "transformers", "tokenizers", "safetensors", "numpy")
-    found = {"python": platform.python_version(), "platform": platform.platform(), "commit": _commit()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def _commit() -> str | None:
-    """The commit of the working directory, "+" behind it where files differ from it; None outside git."""
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -43,6 +43,13 @@ class MicroBatch:
     loss_mask_BS: torch.Tensor  # float32
     position_ids_BS: torch.Tensor | None = None  # int64; None: 0, 1, 2, ... in every row
     document_ids_BS: torch.Tensor | None = None  # int32; None: attention sees the whole row
+    fields_BS: Mapping[str, torch.Tensor] = field(default_factory=dict)  # further numbers of each label, for objectives
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        """The same with `function` applied to every tensor."""
+        fields = {name: function(tensor) for name, tensor in self.fields_BS.items()}
+        own = {name: None if t is None else function(t) for name, t in vars(self).items() if name != "fields_BS"}
+        return MicroBatch(**own, fields_BS=fields)
 
 
 class GlobalBatches:

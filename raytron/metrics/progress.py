@@ -60,10 +60,9 @@ class ProgressSink:
     def write(self, record: Record) -> None:
         """Shows the record; an evaluation joins the live line, or gets a plain line of its own."""
         if isinstance(record, EvalRecord):
-            self._held_out = record.loss
+            self._held_out = record.loss if math.isfinite(record.loss) else None
             if not self._progress:
-                losses = f"held-out loss {record.loss:.4f} | perplexity {record.perplexity:.4g}"
-                self._print(f"step {record.step}/{self.total_steps} | {losses}")
+                self._print(f"step {record.step}/{self.total_steps} | {self._evaluated(record)}")
             return
         if math.isfinite(record.step_time_s):
             self._recent_s.append(record.step_time_s)
@@ -72,6 +71,12 @@ class ProgressSink:
         elif record.step >= self.total_steps or self._clock() - self._last_print >= self._every_s:
             self._last_print = self._clock()
             self._print(self.line(record))
+
+    @staticmethod
+    def _evaluated(record: EvalRecord) -> str:
+        if record.extra:
+            return "evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in record.extra.items())
+        return f"held-out loss {record.loss:.4f} | perplexity {record.perplexity:.4g}"
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -82,6 +87,7 @@ class ProgressSink:
         share = f" ({record.mfu:.0%} MFU)" if math.isfinite(record.mfu) else ""
         parts = [
             f"step {record.step}/{self.total_steps}",
+            *(f"{name.rpartition('/')[2]} {record.extra[name]:.3f}" for name in record.headline),
             f"loss {record.loss:.4f}" + (f" (held-out {self._held_out:.4f})" if self._held_out is not None else ""),
             f"{short_number(record.tokens_per_s)} tok/s" if math.isfinite(record.tokens_per_s) else None,
             f"{record.tflops_per_rank:.3g} TFLOP/s/rank{share}" if math.isfinite(record.tflops_per_rank) else None,

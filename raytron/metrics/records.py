@@ -9,7 +9,7 @@ whatever keys the moment brought, which every reader then has to guess.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class StepRecord:
     notice: str = ""  # what the user should hear: why the update was skipped, why a save failed
     phases_s: Mapping[str, float] = field(default_factory=dict)  # seconds per phase of the step
     extra: Mapping[str, float] = field(default_factory=dict)  # anything else worth a curve, e.g. {"moe/load": 1.02}
+    headline: Sequence[str] = field(default_factory=list)  # names of `extra` that the progress line shows
 
     def scalars(self) -> dict[str, float]:
         """Flat `{"group/name": value}` for sinks that draw curves."""
@@ -53,16 +54,19 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """A held-out evaluation after `step` committed steps over `tokens` tokens; loss in nats per token."""
+    """A held-out evaluation after `step` committed steps over `tokens` tokens; loss in nats per token, NaN where what
+    was evaluated is in `extra`."""
 
     step: int
     loss: float
     perplexity: float
     tokens: int
+    extra: Mapping[str, float] = field(default_factory=dict)  # for instance {"reward": 0.9}
 
     def scalars(self) -> dict[str, float]:
         """Flat `{"eval/name": value}` for sinks that draw curves."""
-        return {f"eval/{name}": getattr(self, name) for name in ("loss", "perplexity", "tokens")}
+        known = {name: getattr(self, name) for name in ("loss", "perplexity", "tokens")}
+        return {f"eval/{name}": value for name, value in (known | dict(self.extra)).items()}
 
 
 Record = StepRecord | EvalRecord

@@ -52,12 +52,16 @@ class DecoderConfig(Typed):
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    num_labels: int = 0
+    """Instead of a language model's head: so many scores of every token (a critic, a reward model)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_labels < 0:
+            raise ValueError(f"model: num_labels is {self.num_labels}; it must be 0 (a language model) or more")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if groups < 1 or heads % groups:
             raise ValueError(

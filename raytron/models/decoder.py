@@ -8,6 +8,7 @@ inference engine run the same code.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,9 @@ from raytron.models.layers.norm import RMSNorm
 from raytron.models.layers.reproducible import ReproducibleSequences
 from raytron.models.layers.rotary import frequencies, rotary_table
 from raytron.parallel.collectives import Axis, World, gather_rows
-from raytron.parallel.tensor import VocabParallelEmbedding, VocabParallelHead
+from raytron.parallel.tensor import Replicated, VocabParallelEmbedding, VocabParallelHead
 
-__all__ = ["Block", "Chunk", "Decoder"]
+__all__ = ["Block", "Chunk", "Decoder", "ScoreHead"]
 
 
 class Block(nn.Module):
@@ -42,10 +43,27 @@ class Block(nn.Module):
         return x + self.mlp(self.post_norm(x))
 
 
+class ScoreHead(Replicated):
+    """x_TD -> scores [T, labels], on every tp rank alike: each sees all tokens, so its gradient is the whole one.
+
+    It starts at zero, as a critic should that knows nothing yet.
+    """
+
+    start = 0
+
+    def __init__(self, labels: int, size: int, tp: Axis, sequence_parallel: bool) -> None:
+        super().__init__("score.weight", (labels, size), tp, partial=False, std=0.0)
+        self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = gather_rows(x, self.tp, summed=False) if self.sequence_parallel else x
+        return F.linear(x, self.weight.to(x.dtype))
+
+
 class Chunk(nn.Module):
     """A run of layers, with the embedding in front of the first and norm and head behind the last.
 
-    Forward: tokens_T (first chunk) or x_TD -> x_TD, or logits_TVt (last chunk).
+    Forward: tokens_T (first chunk) or x_TD -> x_TD, or logits_TVt (last chunk; scores where the model gives those).
     """
 
     def __init__(
@@ -59,9 +77,13 @@ class Chunk(nn.Module):
         self.layers = nn.ModuleList(Block(f"model.layers.{i}.", arch, tp, sequence_parallel) for i in layers)
         if last:
             self.norm = RMSNorm("model.norm", arch.hidden_size, arch.rms_norm_eps, tp, partial=sequence_parallel)
-            name = "model.embed_tokens" if arch.tie_word_embeddings else "lm_head"
-            tied = self.embed if arch.tie_word_embeddings else None
-            self.head = VocabParallelHead(name, *vocabulary, **sharing, tied=tied)
+            self.head = self._head(arch, vocabulary, sharing)
+
+    def _head(self, arch: DecoderConfig, vocabulary: tuple[int, int], sharing: dict[str, Any]) -> nn.Module:
+        if arch.num_labels:
+            return ScoreHead(arch.num_labels, arch.hidden_size, sharing["tp"], sharing["sequence_parallel"])
+        name = "model.embed_tokens" if arch.tie_word_embeddings else "lm_head"
+        return VocabParallelHead(name, *vocabulary, **sharing, tied=self.embed if arch.tie_word_embeddings else None)
 
     def forward(self, x: Tensor, seq: Sequences) -> Tensor:
         x = self.embed(x) if self.first else x
@@ -100,13 +122,17 @@ class Decoder(ShardedModel):
         sequence_parallel = parallel.sequence_parallel and tp.size > 1
         mine = range(world.coords.pp, len(layers), stages)
         chunks = [Chunk(arch, layers[i], tp, sequence_parallel, first=i == 0, last=i == len(layers) - 1) for i in mine]
-        if arch.tie_word_embeddings and stages == 1 and len(chunks) > 1:
+        if self._tied and stages == 1 and len(chunks) > 1:
             chunks[-1].head.weight = chunks[0].embed.weight
         return chunks
 
+    @property
+    def _tied(self) -> bool:
+        return self.arch.tie_word_embeddings and not self.arch.num_labels
+
     def tied_ends(self) -> nn.Parameter | None:
         """The embedding whose twin is at the other end of the pipeline; their gradients are to be summed."""
-        if not self.arch.tie_word_embeddings or self.world.mesh.pp == 1:
+        if not self._tied or self.world.mesh.pp == 1:
             return None
         if self.chunks[0].first:
             return self.chunks[0].embed.weight
@@ -158,7 +184,7 @@ class Decoder(ShardedModel):
     def forward(
         self, tokens_BT: Tensor, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None
     ) -> Tensor:
-        """tokens_BT int64 -> logits_BTV, whole rows on every rank. A model cut over pp runs in a `Pipeline` instead.
+        """tokens_BT int64 -> logits_BTV (or scores), whole rows on every rank. One cut over pp runs in a `Pipeline`.
 
         Raises ValueError if this rank does not hold every layer, or for a sequence longer than rope allows.
         """
@@ -179,9 +205,9 @@ class Decoder(ShardedModel):
         return self.gather_logits(x).view(batch, padded, -1)[:, :length]
 
     def gather_logits(self, logits_TVt: Tensor) -> Tensor:
-        """[T, Vt] of each tp rank -> [T, V]."""
+        """[T, Vt] of each tp rank -> [T, V]. Scores are whole already."""
         tp, vocab_size = self.world.axis("tp"), self.arch.vocab_size
-        if tp.size == 1:
+        if tp.size == 1 or self.arch.num_labels:
             return logits_TVt
         rows = self.chunks[-1].head.weight.shape[0]
         padded = F.pad(logits_TVt, (0, rows - logits_TVt.shape[1]))

@@ -14,7 +14,7 @@ __all__ = ["PRESETS", "Llama", "from_hf", "to_hf"]
 _SAME = [
     f.name
     for f in fields(DecoderConfig)
-    if f.name not in ("family", "qkv_bias", "qk_norm", "rope_theta", "rope_scaling")
+    if f.name not in ("family", "qkv_bias", "qk_norm", "rope_theta", "rope_scaling", "num_labels")
 ]
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -49,6 +49,8 @@ def from_hf(config: Mapping[str, Any], **family: Any) -> DecoderConfig:
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     known.setdefault("num_key_value_heads", config["num_attention_heads"])
     known.setdefault("rms_norm_eps", 1e-6)
+    if any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+        known["num_labels"] = len(config.get("id2label") or range(config.get("num_labels", 2)))
     scaling = RopeScaling(**{k: rope[k] for k in asdict(RopeScaling()) if k in rope}) if kind == "llama3" else None
     theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     return DecoderConfig(**({"family": "llama"} | family), **known, rope_theta=theta, rope_scaling=scaling)
@@ -64,11 +66,15 @@ def to_hf(
     for name in ("qkv_bias", "qk_norm"):
         if getattr(arch, name) != traits.get(name, False):
             raise ValueError(f"model: {model_type} has {name} {traits.get(name, False)}, not {getattr(arch, name)}")
+    scores = {"num_labels": arch.num_labels} if arch.num_labels else {}
+    if scores:
+        architecture = architecture.replace("ForCausalLM", "ForSequenceClassification")
     scaling = {"rope_type": "llama3", **asdict(arch.rope_scaling)} if arch.rope_scaling else None
     return {
         "architectures": [architecture],
         "model_type": model_type,
         "hidden_act": "silu",
+        **scores,
         **{name: getattr(arch, name) for name in _SAME},  # None too: transformers' own token ids would be wrong
         "rope_theta": arch.rope_theta,
         "rope_scaling": scaling,

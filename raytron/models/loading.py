@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +92,18 @@ def from_pretrained(
     return model
 
 
-def load_weights(model: ShardedModel, path: str | Path) -> None:
+def load_weights(model: ShardedModel, path: str | Path, leave: Collection[str] = ()) -> None:
     """Fill `model`'s weights from the safetensors files of a Hugging Face directory, casting to its dtype.
 
     Tensors the model has no place for (rotary buffers, the stored twin of a tied head) are passed over.
+
+    leave: tensors of the model that stay as they are where the files do not have them (a new score head).
     """
     files = file_layout(path)
-    me = f"rank-{model.world.rank}"
+    me, layout = f"rank-{model.world.rank}", model.layout()
+    wanted = [name for name in layout.tensors if name in files.tensors or name not in leave]
     try:
-        moves = plan(files, only(model.layout(), places=[me]))
+        moves = plan(files, only(layout, wanted, places=[me]))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     with FileReader(path, {(me, "weights"): model.weights}) as reader:

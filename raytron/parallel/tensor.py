@@ -39,6 +39,7 @@ __all__ = [
     "initialize_",
     "parameter",
     "vocab_parallel_cross_entropy",
+    "vocab_parallel_entropy",
 ]
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -412,3 +413,40 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, start: int, tp:
             )
         return _CrossEntropy.apply(logits, labels)
     return _VocabParallelCrossEntropy.apply(logits, labels, start, tp)
+
+
+class _VocabParallelEntropy(torch.autograd.Function):
+    """H = log Z - sum p x, so dH/dx_i = -p_i (log p_i + H)."""
+
+    @staticmethod
+    def forward(ctx, logits, tp):
+        x = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        top = x.amax(-1) if x.shape[-1] else x.new_full(x.shape[:-1], -torch.inf)
+        tp.all_reduce_(top, "max")
+        shifted = x - top.unsqueeze(-1)
+        exp = torch.exp(shifted)
+        # A forbidden token (-inf) adds nothing: 0 x -inf would be NaN.
+        sums = torch.stack((exp.sum(-1), (exp * shifted.clamp(min=-1e30)).sum(-1)))
+        tp.all_reduce_(sums)
+        entropy = sums[0].log() - sums[1] / sums[0]
+        ctx.save_for_backward(shifted, exp, sums[0], entropy)
+        ctx.dtype = logits.dtype
+        return entropy
+
+    @staticmethod
+    def backward(ctx, grad):
+        shifted, exp, total, entropy = ctx.saved_tensors
+        log_p = shifted.clamp(min=-1e30) - total.log().unsqueeze(-1)
+        grad_logits = -(exp / total.unsqueeze(-1)) * (log_p + entropy.unsqueeze(-1)) * grad.unsqueeze(-1)
+        return grad_logits.to(ctx.dtype), None
+
+
+def vocab_parallel_entropy(logits: Tensor, tp: Axis) -> Tensor:
+    """Entropy of softmax(logits) in nats, over a vocabulary cut over tp.
+
+    Args:
+        logits: [T, Vt], this rank's columns; computed in fp32 (fp64 stays).
+
+    Returns: [T], the same on every tp rank.
+    """
+    return _VocabParallelEntropy.apply(logits, tp)

@@ -10,23 +10,25 @@ fault instead of guessing where it stood:
     publish            the replicated record moves on
 
 Losses are summed, not averaged, until the vote has counted the global batch's tokens; the optimizer divides. So no rank
-needs to see another's loss mask, and any split into micro-batches or dp ranks computes the same step.
+needs to see another's loss mask, and any split into micro-batches or dp ranks computes the same step. What is summed
+is an `Objective`'s affair (losses.py): next-token prediction, or what RL makes of the log-probabilities.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from raytron.config import TrainConfig
+from raytron.config import StepConfig, TrainConfig
 from raytron.data.loader import MicroBatch
 from raytron.models.base import ALIGN, ShardedModel, rank_name
+from raytron.parallel.collectives import Axis
 from raytron.parallel.data import GradientReducer, buckets, shard_intervals
 from raytron.parallel.layout import Layout, Place, cut
 from raytron.parallel.pipeline import Pipeline
@@ -34,12 +36,14 @@ from raytron.parallel.schedules import schedule as pipeline_schedule
 from raytron.parallel.tensor import ParallelLinear
 from raytron.parallel.weight_grad import WeightGradQueue
 from raytron.training.guard import Culprit, Guard, find_culprit
-from raytron.training.losses import next_token_loss
+from raytron.training.losses import NextToken, Objective
 from raytron.training.optimizer import FlatAdamW
 from raytron.training.recompute import apply_recompute
 from raytron.training.schedule import learning_rate
 
-__all__ = ["DTYPES", "Record", "StepResult", "TrainEngine", "Vote"]
+__all__ = ["DTYPES", "Judge", "Record", "StepResult", "TrainEngine", "Vote"]
+
+Judge = Callable[[Tensor, MicroBatch, int, Axis], Tensor]  # logits_TVt, micro-batch, id of the first column, tp axis
 
 # precision -> dtype of weights; gradients and masters are fp32, or fp64 where weights are
 DTYPES = {"fp32": torch.float32, "bf16-amp": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -61,17 +65,21 @@ class Record:
 
 @dataclass(frozen=True)
 class Vote:
-    """What all ranks agreed on: mean loss (nats per token), global gradient norm, tokens, and whether to apply it."""
+    """What all ranks agreed on: loss (per token, or as the objective normalised it), global gradient norm, tokens,
+    whether to apply it, what gradients are divided by, and the objective's further sums."""
 
     loss: float
     grad_norm: float
     tokens: int
     skip: str | None
+    divisor: float
+    sums: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One committed step. `skipped` says why its update was left out; `culprit` what went bad first."""
+    """One committed step. `skipped` says why its update was left out; `culprit` what went bad first; `sums` are the
+    objective's, over the whole global batch."""
 
     step: int
     loss: float
@@ -80,6 +88,7 @@ class StepResult:
     learning_rate: float
     skipped: str | None = None
     culprit: str | None = None
+    sums: Mapping[str, float] = field(default_factory=dict)
 
 
 class TrainEngine:
@@ -88,6 +97,7 @@ class TrainEngine:
     Args:
         model: from `raytron.models.build` or `from_pretrained`, with this rank's world.
         config: what to do. `config.precision` must fit the model's dtype (`DTYPES`).
+        objective: what to minimise; by default next-token prediction, which takes a `TrainConfig`.
 
     Attributes:
         counters: the replicated numbers; with the buffers they are the whole state of a run (see `record`).
@@ -99,8 +109,9 @@ class TrainEngine:
         ValueError: a batch, layer or token count the mesh does not divide; a model of another dtype.
     """
 
-    def __init__(self, model: ShardedModel, config: TrainConfig) -> None:
+    def __init__(self, model: ShardedModel, config: StepConfig, objective: Objective | None = None) -> None:
         self.model, self.config, self.world = model, config, model.world
+        self.objective = objective or NextToken(config.compile)
         self.mesh, self.counters = self.world.mesh, Record()
         self.phases_s: dict[str, float] = {}
         if model.weights.dtype != DTYPES[config.precision]:
@@ -108,7 +119,6 @@ class TrainEngine:
                 f"precision {config.precision} needs {DTYPES[config.precision]} weights, the model has "
                 f"{model.weights.dtype}; build it with dtype=DTYPES[precision]"
             )
-        self.micro_batches = config.micro_batches(self.mesh.dp)
         self._barriers: list[Callable[[], None]] = []
         wide = torch.float64 if config.precision == "fp64" else torch.float32
         self.grads = torch.zeros_like(model.weights, dtype=wide)
@@ -117,12 +127,16 @@ class TrainEngine:
         self.adamw = FlatAdamW(config.optimizer, model.weights, self.grads, self.intervals, model.decay_end)
         self._guard = Guard(config.guard)
         apply_recompute(model, config.recompute)
-        self._loss = next_token_loss
         if config.compile:
-            self._loss = torch.compile(next_token_loss, dynamic=False)
             for chunk in model.chunks:
                 chunk.compile(dynamic=False)
-        self._pipeline = self._make_pipeline()
+        self._late = {*self._sums.params} | ({twin} if (twin := model.tied_ends()) is not None else set())
+        self._pipelines: dict[int, Pipeline] = {}
+        self._reported: list[Tensor] = []
+        fixed = isinstance(config, TrainConfig) and not self.objective.normalized
+        self.micro_batches = config.micro_batches(self.mesh.dp) if fixed else None
+        if self.micro_batches and self._piped:
+            self._pipeline(self.micro_batches)
 
     # What this rank owns
 
@@ -197,33 +211,42 @@ class TrainEngine:
 
         return accumulated
 
-    def _make_pipeline(self) -> Pipeline | None:
-        parallel, axis = self.config.parallel, self.world.axis("pp")
-        self._late = {*self._sums.params} | ({twin} if (twin := self.model.tied_ends()) is not None else set())
-        if axis.size * parallel.virtual_stages == 1:
-            return None
-        plan = pipeline_schedule(parallel.schedule, axis.size, self.micro_batches, parallel.virtual_stages)
-        queue = WeightGradQueue() if parallel.schedule == "zero-bubble" else None
-        for module in self.model.modules():
-            if isinstance(module, ParallelLinear):
-                module.queue = queue
-        return Pipeline(axis, plan, device=self.world.device, weight_grads=queue)
+    @property
+    def _piped(self) -> bool:
+        return self.world.axis("pp").size * self.config.parallel.virtual_stages > 1
+
+    def _pipeline(self, micro_batches: int) -> Pipeline:
+        """The executor for so many micro-batches; all stages come here for a new number together."""
+        if micro_batches not in self._pipelines:
+            parallel, axis = self.config.parallel, self.world.axis("pp")
+            plan = pipeline_schedule(parallel.schedule, axis.size, micro_batches, parallel.virtual_stages)
+            queue = WeightGradQueue() if parallel.schedule == "zero-bubble" else None
+            for module in self.model.modules():
+                if isinstance(module, ParallelLinear):
+                    module.queue = module.queue or queue
+                    queue = module.queue
+            self._pipelines[micro_batches] = Pipeline(axis, plan, device=self.world.device, weight_grads=queue)
+        return self._pipelines[micro_batches]
 
     def _autocast(self):
         if self.config.precision != "bf16-amp":
             return nullcontext()
         return torch.autocast(self.world.device.type, torch.bfloat16)
 
-    def _forward(self, batch: MicroBatch, chunk: int, hidden: Tensor | None) -> Tensor:
-        """One chunk of one micro-batch: hidden states, or the loss sum from the last."""
+    def _forward(self, batch: MicroBatch, chunk: int, hidden: Tensor | None, judge: Judge) -> Tensor:
+        """One chunk of one micro-batch: hidden states, or from the last what `judge` makes of the logits."""
         module, (size, length) = self.model.chunks[chunk], batch.tokens_BS.shape
         seq = self.model.sequences(size, length, batch.position_ids_BS, batch.document_ids_BS)
         with self._autocast():
             out = module(batch.tokens_BS.reshape(-1) if hidden is None else hidden, seq)
-        if not module.last:
-            return out
-        labels, mask = batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1)
-        return self._loss(out, labels, mask, module.head.start, self.world.axis("tp"))
+        return judge(out, batch, module.head.start, self.world.axis("tp")) if module.last else out
+
+    def _minimise(self, logits_TVt: Tensor, batch: MicroBatch, start: int, tp: Axis) -> Tensor:
+        """The objective's loss sum; its further sums are noted."""
+        loss, sums = self.objective(logits_TVt, batch, start, tp)
+        if sums is not None:
+            self._reported.append(sums)
+        return loss
 
     def _shape(self, batches: Sequence[MicroBatch]) -> Callable[[int], tuple[int, int]]:
         split = self.world.axis("tp").size if self.config.parallel.sequence_parallel else 1
@@ -232,13 +255,15 @@ class TrainEngine:
     def forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
         """Gradients of this rank's micro-batches into `grads`, reduced over dp, tp replicas and tied ends.
 
-        Returns this rank's [loss sum, tokens] in float64: zero where another rank counts the same tokens.
+        Returns this rank's [loss sum, tokens, the objective's sums ...] in float64: zero where another rank counts the
+        same tokens.
         """
         batches = [self._place(batch) for batch in batches]
         self._check(batches)
         self.grads.zero_()
         self._reducer.begin()
-        losses = self._run_pipeline(batches) if self._pipeline else self._run_whole(batches)
+        self._reported.clear()
+        losses = self._run_pipeline(batches) if self._piped else self._run_whole(batches)
         self._last_micro = False
         self._sums.all_reduce()
         self._exchange_tied_ends()
@@ -250,15 +275,15 @@ class TrainEngine:
     def _run_whole(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         losses = []
         for i, batch in enumerate(batches):
-            loss = self._forward(batch, 0, None)
+            loss = self._forward(batch, 0, None, self._minimise)
             self._last_micro = i == len(batches) - 1
             loss.backward()
             losses.append(loss.detach())
         return losses
 
     def _run_pipeline(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        return self._pipeline.run(
-            lambda chunk, micro, hidden: self._forward(batches[micro], chunk, hidden),
+        return self._pipeline(len(batches)).run(
+            lambda chunk, micro, hidden: self._forward(batches[micro], chunk, hidden, self._minimise),
             shape=self._shape(batches),
             dtype=self.model.weights.dtype,
             on_chunk_done=self._chunk_done,
@@ -287,30 +312,34 @@ class TrainEngine:
         device = self.world.device
         if device.type == "cpu":
             return batch
-        moved = {k: None if t is None else t.to(device, non_blocking=True) for k, t in vars(batch).items()}
-        return MicroBatch(**moved)
+        return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _check(self, batches: Sequence[MicroBatch]) -> None:
-        if len(batches) != self.micro_batches:
+        if self.micro_batches not in (None, len(batches)):
             raise ValueError(f"got {len(batches)} micro-batches, this rank runs {self.micro_batches} in a step")
-        tp, tokens = self.world.axis("tp").size, batches[0].tokens_BS.numel()
-        if self.config.parallel.sequence_parallel and tokens % tp:
+        tp = self.world.axis("tp").size
+        tokens = next((n for batch in batches if (n := batch.tokens_BS.numel()) % tp), 0)
+        if self.config.parallel.sequence_parallel and tokens:
             raise ValueError(
                 f"micro_batch_size x sequence_length = {tokens} tokens are not divisible by parallel.tp {tp}; change "
                 "one of them, or turn parallel.sequence_parallel off"
             )
 
     def _count(self, losses: Sequence[Tensor], batches: Sequence[MicroBatch]) -> Tensor:
+        names = self.objective.sums
         if not losses or self.world.coords.tp:
-            return torch.zeros(2, dtype=torch.float64)
+            return torch.zeros(2 + len(names), dtype=torch.float64)
         loss = torch.stack([loss.double() for loss in losses]).sum().cpu()
         tokens = sum(float(batch.loss_mask_BS.sum()) for batch in batches)
-        return torch.stack((loss, torch.tensor(tokens, dtype=torch.float64)))
+        counts = torch.stack((loss, torch.tensor(tokens, dtype=torch.float64)))
+        return torch.cat((counts, torch.stack(self._reported).double().sum(0).cpu())) if names else counts
 
     # The step
 
-    def step(self, batches: Sequence[MicroBatch]) -> StepResult:
+    def step(self, batches: Sequence[MicroBatch], samples: int | None = None) -> StepResult:
         """One whole step on this rank's micro-batches (see `GlobalBatches`). Collective over the world.
+
+        samples: in the global batch; the same on every rank, `config.global_batch_size` unless given.
 
         Raises TrainingStopped after too many skipped steps in a row.
         """
@@ -325,7 +354,7 @@ class TrainEngine:
                 self.update(vote, lr)
             with self._timed("gather"):
                 self.gather()
-        return self.publish(vote, lr, culprit)
+        return self.publish(vote, lr, culprit, samples)
 
     def _culprit(self, counts: Tensor) -> Culprit | None:
         """What went bad first. Besides the loss, what ZeRO left of this replica's own gradients says whose it was."""
@@ -341,23 +370,24 @@ class TrainEngine:
         self.phases_s[phase] = time.perf_counter() - start
 
     def vote(self, counts: Tensor) -> Vote:
-        """All ranks agree on loss, norm, tokens and whether to apply the step. One all-reduce of three float64."""
+        """All ranks agree on loss, norm, tokens and whether to apply the step. One all-reduce of a few float64."""
         squares = sum((_square_sum(self.grads[a:b]) for a, b in self._counted), torch.zeros((), dtype=torch.float64))
         ballot = torch.cat((counts, squares.reshape(1)))
-        loss_sum, tokens, square = self.world.axis("world").all_reduce_(ballot).tolist()
+        loss_sum, tokens, *sums, square = self.world.axis("world").all_reduce_(ballot).tolist()
         if tokens == 0:
             raise ValueError("no token of the global batch counts for the loss; check the data's loss mask")
-        norm = math.sqrt(square) / tokens if square >= 0 else math.nan
-        loss = loss_sum / tokens
-        return Vote(loss, norm, int(tokens), self._guard.judge(loss, norm, self.counters))
+        divisor = 1.0 if self.objective.normalized else tokens
+        norm = math.sqrt(square) / divisor if square >= 0 else math.nan
+        loss = loss_sum / divisor
+        named = dict(zip(self.objective.sums, sums, strict=True))
+        return Vote(loss, norm, int(tokens), self._guard.judge(loss, norm, self.counters), divisor, named)
 
     def update(self, vote: Vote, lr: float) -> None:
         """Apply the gradients to what this rank owns. Local."""
-        for barrier in self._barriers:
-            barrier()
+        self.settle()
         clip = self.config.optimizer.clip_grad
         shrink = max(1.0, (vote.grad_norm + 1e-6) / clip) if clip > 0 else 1.0
-        self.adamw.step(lr, self.counters.updates + 1, vote.tokens * shrink)
+        self.adamw.step(lr, self.counters.updates + 1, vote.divisor * shrink)
 
     def gather(self) -> None:
         """Bring updated weights to every dp rank."""
@@ -368,18 +398,22 @@ class TrainEngine:
         for handle in handles:
             handle.wait()
 
-    def publish(self, vote: Vote, lr: float, culprit: Culprit | None = None) -> StepResult:
+    def publish(self, vote: Vote, lr: float, culprit: Culprit | None = None, samples: int | None = None) -> StepResult:
         """Move the record on: the version every rank's bytes now belong to is `counters.step`."""
         record = self.counters
         record.step += 1
-        record.consumed_samples += self.config.global_batch_size
+        record.consumed_samples += self.config.global_batch_size if samples is None else samples
         record.consumed_tokens += vote.tokens
         self._guard.count(record, vote.skip, vote.grad_norm)
-        result = StepResult(
-            record.step, vote.loss, vote.grad_norm, vote.tokens, lr, vote.skip, str(culprit) if culprit else None
-        )
+        blame = str(culprit) if culprit else None
+        result = StepResult(record.step, vote.loss, vote.grad_norm, vote.tokens, lr, vote.skip, blame, vote.sums)
         self._guard.check(record, result.culprit)
         return result
+
+    def settle(self) -> None:
+        """Wait for whoever still reads the weights (see `add_barrier`); after it they may change."""
+        for barrier in self._barriers:
+            barrier()
 
     def add_barrier(self, barrier: Callable[[], None]) -> None:
         """Call `barrier` before weights or optimizer state change: an asynchronous save finishes its copy there."""
@@ -387,18 +421,27 @@ class TrainEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """[loss sum, tokens] of this rank's micro-batches summed over the world, float64. Collective."""
+        """[loss sum, tokens, the objective's sums ...] of this rank's micro-batches summed over the world, float64.
+        Collective."""
+        self._reported.clear()
+        losses = self.score(batches, self._minimise)
+        return self.world.axis("world").all_reduce_(self._count(losses, batches))
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[MicroBatch], judge: Judge) -> list[Tensor]:
+        """What `judge(logits_TVt, micro-batch, first column's id, tp axis)` makes of each micro-batch; no gradients.
+
+        Collective over a replica. The results are on the ranks of the last stage; others return nothing.
+        """
         batches = [self._place(batch) for batch in batches]
         self._check(batches)
-        if self._pipeline:
-            losses = self._pipeline.evaluate(
-                lambda chunk, micro, hidden: self._forward(batches[micro], chunk, hidden),
-                shape=self._shape(batches),
-                dtype=self.model.weights.dtype,
-            )
-        else:
-            losses = [self._forward(batch, 0, None) for batch in batches]
-        return self.world.axis("world").all_reduce_(self._count(losses, batches))
+        if not self._piped:
+            return [self._forward(batch, 0, None, judge) for batch in batches]
+        return self._pipeline(len(batches)).evaluate(
+            lambda chunk, micro, hidden: self._forward(batches[micro], chunk, hidden, judge),
+            shape=self._shape(batches),
+            dtype=self.model.weights.dtype,
+        )
 
     # State
 

@@ -1,10 +1,7 @@
-"""Ray comes up once for all of this room's tests, on ports and in a folder of its own."""
+"""Groups of actors that this room's tests share."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -12,16 +9,6 @@ import pytest
 from raytron.actors import ActorGroup, Session
 from raytron.parallel import Mesh
 from tests.actors.engines import Toy
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Session]:
-    """A local Ray with eight CPU slots."""
-    os.environ.pop("RAY_ADDRESS", None)
-    folder = tempfile.mkdtemp(prefix="rt-", dir="/tmp")  # pytest's own folders are too deep for sockets
-    with Session(8, temp_dir=folder) as session:
-        yield session
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -60,9 +60,7 @@ def batches(engine: TrainEngine, arch: str, step: int) -> list[MicroBatch]:
     """This rank's micro-batches of a global batch, in the order of `GlobalBatches`."""
     batch, dp, size = global_batch(arch, step), engine.world.axis("dp"), engine.config.micro_batch_size
     starts = range(dp.index * size, BATCH, dp.size * size)
-    return [
-        MicroBatch(*(None if t is None else t[start : start + size] for t in vars(batch).values())) for start in starts
-    ]
+    return [batch.map(lambda t, start=start: t[start : start + size]) for start in starts]
 
 
 def canonical(engine: TrainEngine, flat: torch.Tensor | None = None) -> dict[tuple, torch.Tensor]:
@@ -86,6 +84,6 @@ def kept_bytes(engine: TrainEngine, batch: MicroBatch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = engine._forward(batch, 0, None)
+        loss = engine._forward(batch, 0, None, engine._minimise)
     assert loss.requires_grad  # its graph has held every storage until here, so that no address came twice
     return sum(kept.values())

@@ -364,7 +364,7 @@ def test_a_spike_skips_the_step_and_is_forgotten():
 
 
 def cut(batch: MicroBatch, length: int) -> MicroBatch:
-    return MicroBatch(*(None if t is None else t[:, :length] for t in vars(batch).values()))
+    return batch.map(lambda tensor: tensor[:, :length])
 
 
 def run_refusal(world: World, chosen: TrainConfig, length: int) -> str:

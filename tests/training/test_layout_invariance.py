@@ -67,9 +67,7 @@ def global_batch(arch: DecoderConfig, step: int) -> MicroBatch:
 def split(batch: MicroBatch, dp: int, index: int, size: int) -> list[MicroBatch]:
     """Megatron's order: consecutive runs of dp x size samples, one run of `size` for each dp rank."""
     starts = range(index * size, BATCH, dp * size)
-    return [
-        MicroBatch(*(None if t is None else t[start : start + size] for t in vars(batch).values())) for start in starts
-    ]
+    return [batch.map(lambda t, start=start: t[start : start + size]) for start in starts]
 
 
 def run(world, arch: DecoderConfig, config: TrainConfig):
