@@ -145,6 +145,7 @@ def _params(task: Task, sampling: SamplingParams, room: int, seed: int) -> Sampl
         min_tokens=min(sampling.min_tokens, room),
         stop=tuple(dict.fromkeys((*sampling.stop, *task.stop))),
         stop_token_ids=tuple(ends),
+        ignore_eos=True,  # the task says what ends an answer; a model's files may name others, or none
     )
 
 

@@ -101,6 +101,7 @@ def test_the_record_is_what_the_engine_saw_and_chose(task, said, budget, seed):
         assert asked.n == 1
         assert asked.max_tokens == (task.max_tokens if budget is None else min(task.max_tokens, budget - len(context)))
         assert {EOS, 2} <= set(asked.stop_token_ids)
+        assert asked.ignore_eos
     assert got.truncated == (last.finish_reason == "length" or len(engine.answers) <= len(task.observations))
     assert got.reward == pytest.approx(sum(task.rewards[: len(engine.answers)]))
     assert got.info["turns"] == len(engine.answers)

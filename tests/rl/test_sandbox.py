@@ -8,6 +8,7 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,16 @@ REFUSED = {
     "a file in /tmp": "open('/tmp/raytron-was-here', 'w')",
     "a file in /dev/shm": "open('/dev/shm/raytron-was-here', 'w')",
     "a file beside its interpreter": "import sys, pathlib; pathlib.Path(sys.prefix, 'was-here').write_text('x')",
-    "root": "import os; os.setuid(0); os.chown('.', 12345, 12345)",
+    "a mode": "import os; os.chmod(PROJECT, 0o644)",
+    "a time": "import os; os.utime(PROJECT)",
+    "an owner": "import os; os.chown(PROJECT, os.getuid(), os.getgid())",
+    "an attribute": "import os; os.setxattr(PROJECT, 'user.x', b'')",
+    "a file's end": "import os; os.truncate(PROJECT, 0)",
+    "a link": "import os; os.symlink('x', '/tmp/raytron-was-here')",
+    "a way out by a link": "import os; os.symlink(PROJECT, 'link'); open('link').read()",
+    "a hard link": "import os; os.link(PROJECT, 'link')",
+    "shared memory": "import ctypes\nif ctypes.CDLL(None).shmget(0, 4096, 0o1600) == -1: raise PermissionError",
+    "root": "import os; os.setuid(0); os.chroot('.')",
 }
 
 
@@ -109,7 +119,7 @@ def test_it_is_refused(what):
     ran = run(source + "\nprint('done')")
     assert ran.code == 1, (ran.output, ran.errors)
     assert "done" not in ran.output
-    refusals = ("PermissionError", "not allowed to raise", "gaierror")
+    refusals = ("PermissionError", "not allowed to raise", "gaierror", "cross-device link")
     assert any(word in ran.errors for word in refusals), ran.errors
 
 
@@ -178,6 +188,22 @@ def test_where_code_cannot_be_run_safely_it_is_not_run(monkeypatch):
         run("print('ran')")
 
 
+@pytest.mark.parametrize("any_files", [False, True])
+def test_without_landlock_it_is_run_only_where_any_file_may_be_written(any_files, tmp_path):
+    """A kernel that doesn't know the system call is played by a number that none knows."""
+    folder = Path(sandbox_module.__file__).parent
+    order = {
+        **sandbox_module._order(str(tmp_path), Limits(any_files=any_files)),
+        "program": [sys.executable, "main.py"],
+    }
+    (tmp_path / "main.py").write_text(f"print(len(open({__file__!r}).read()) > 0)\nimport socket; socket.socket()")
+    old = f"import json, sys; sys.path.insert(0, {str(folder)!r}); import confine; confine._LANDLOCK_CREATE = 9999"
+    command = [sys.executable, "-I", "-c", f"{old}; confine.main(json.loads(sys.argv[1]), 1)", json.dumps(order)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ("Landlock" in done.stdout, done.returncode) == ((False, 1) if any_files else (True, 125))
+    assert ("PermissionError" in done.stderr) == any_files
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_an_ordinary_user_is_confined_too(tmp_path):
     """The interpreter of the tests may lie where other users can't read, so one that anybody can is used."""
@@ -197,6 +223,7 @@ def test_an_ordinary_user_is_confined_too(tmp_path):
         "env": {},
         "readable": ["/usr", "/lib", "/lib64", "/etc/ld.so.cache"],
         "writable": [str(tmp_path)],
+        "any_files": False,
         "limits": SMALL.of_process(),
     }
     done = subprocess.run(

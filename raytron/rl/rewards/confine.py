@@ -1,17 +1,18 @@
 """The script between `sandbox.py` and the program it runs: gives up what the program must not have, then becomes it.
 
-    confine.py ORDER FD     ORDER: JSON of program, env, readable, writable, limits (RLIMIT name -> value)
+    confine.py ORDER FD     ORDER: JSON of program, env, readable, writable, any_files, limits (RLIMIT name -> value)
 
 What holds afterwards, for the program and whatever it turns into by exec:
 
     no network      seccomp refuses socket(); where the user may (root), the network namespace is empty besides
     no processes    seccomp refuses fork and the like (threads are allowed), signals to others, tracing, their limits
-    files           Landlock (Linux 5.13): reads the interpreter and the system's libraries, writes its own folder
+    files           Landlock (Linux 5.13): reads the interpreter and the system's libraries, writes its own folder;
+                    seccomp refuses what Landlock does not see: modes, owners, times, attributes, shared memory
     no privileges   no capability, and none to be had by exec
     limits          CPU time, address space, file size, open files by setrlimit
 
-Refusals are errors (EPERM) for the program. Where Landlock is missing an ordinary user's program sees the files that
-the user does; as root, or without seccomp, nothing is run: FD then gets the reason and the exit code is 125.
+Refusals are errors (EPERM) for the program. Where one of these cannot be had nothing is run: FD gets the reason and the
+exit code is 125. Only Landlock may be done without (any_files); the program's files are then those of the user.
 
 seccomp and not only namespaces, because an ordinary user has no `unshare -n` on many machines, and a namespace keeps
 nobody from killing the trainer, which runs as the same user. The filter is classic BPF over `struct seccomp_data`.
@@ -57,6 +58,35 @@ _REFUSED = {
     "mount": (165, 40),
     "memfd_create": (319, 279),
     "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "ioprio_set": (251, 30),
+    "shmget": (29, 194),
+    "shmat": (30, 196),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "truncate": (76, 45),
+    "chmod": (90, 0),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, 0),
+    "fchown": (93, 55),
+    "lchown": (94, 0),
+    "fchownat": (260, 54),
+    "utime": (132, 0),
+    "utimes": (235, 0),
+    "futimesat": (261, 0),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "setxattrat": (463, 463),
+    "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
     "keyctl": (250, 219),
     "add_key": (248, 217),
 }
@@ -83,8 +113,11 @@ def main(order: dict, report: int) -> None:
             resource.setrlimit(getattr(resource, name), (value, value))
         drop_capabilities()
         _check(_LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(NO_NEW_PRIVS)")
-        if not restrict_files(order["readable"], order["writable"]) and os.geteuid() == 0:
-            raise OSError("this kernel has no Landlock, without which root's files are open; run as an ordinary user")
+        if not restrict_files(order["readable"], order["writable"]) and not order["any_files"]:
+            raise OSError(
+                "this kernel has no Landlock (Linux 5.13), so the program could write whatever this user may;"
+                " Limits(any_files=True) lets it"
+            )
         install(syscall_filter(platform.machine(), os.getpid()))
         os.execve(order["program"][0], order["program"], order["env"])
     except BaseException as error:

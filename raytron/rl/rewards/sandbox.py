@@ -43,11 +43,13 @@ class Limits(Typed):
     """Of each file it writes, its standard output among them."""
     output_kb: int = 256
     """Of its output and of its errors that are read."""
+    any_files: bool = False
+    """Run it even where the kernel (before Linux 5.13) can't keep it to its own files: it may then write any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in vars(self).items():
-            if value <= 0:
+            if name != "any_files" and value <= 0:
                 raise ValueError(f"limits.{name} is {value}; it must be positive")
 
     def of_process(self) -> dict[str, int]:
@@ -95,6 +97,7 @@ def _order(folder: str, limits: Limits) -> dict:
         "env": {"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", **threads},
         "readable": [*_SYSTEM, *{os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix)}],
         "writable": [folder, "/dev/null"],
+        "any_files": limits.any_files,
         "limits": limits.of_process(),
     }
 
