@@ -31,7 +31,7 @@ __all__ = ["ShardedModel", "Slot", "chunk_layers"]
 
 # Up to so many rows our own product is faster than the library's; bf16 weights are widened as they are read, where the
 # library would widen all of them first.
-FEW_ROWS = {torch.float32: 8, torch.bfloat16: 2 if NATIVE_BF16 else 64}
+FEW_ROWS = {torch.float32: 48, torch.bfloat16: 2 if NATIVE_BF16 else 64}
 ALIGN = 64  # elements: slots start on a cache line in every dtype
 
 

@@ -43,6 +43,16 @@ static inline vf fma_(vf a, vf b, vf c) {
 #endif
 }
 
+// Keeps a loaded vector in a register: compilers would rather load it again for every use, and loads are what a tile has
+// least of.
+#if defined(__AVX512F__)
+#define KEEP(v) __asm__("" : "+v"(v))
+#elif defined(__AVX__)
+#define KEEP(v) __asm__("" : "+x"(v))
+#else
+#define KEEP(v)
+#endif
+
 static inline vh narrow(vf x) {
     vu bits = (vu)x;
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -61,12 +71,25 @@ static inline uint16_t narrow1(float f) {
     return (x.u + 0x7fff + ((x.u >> 16) & 1)) >> 16;
 }
 
+// Lane i + half is added to lane i for half = L / 2 .. 1.
 static inline float sum(vf v) {
+#if defined(__AVX512F__)
+    __m256 o = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
+                             _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+#elif defined(__AVX__)
+    __m256 o = (__m256)v;
+#endif
+#if defined(__AVX__)
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(o), _mm256_extractf128_ps(o, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+#else
     float s[L];
     memcpy(s, &v, sizeof s);
     for (int half = L / 2; half; half /= 2)
         for (int i = 0; i < half; i++) s[i] += s[i + half];
     return s[0];
+#endif
 }
 
 static inline vf max_of(vf a, vf b) {
@@ -124,15 +147,25 @@ static void narrow_row(void *to, const float *from, int64_t at, int64_t n, int d
 // are its even and its odd elements: halves of 32-bit words, which take one operation each to widen. x and w are both
 // held that way.
 #define G (2 * L)
-#define M_BLOCK 48  // rows of x that stay in the second-level cache while w passes by
+// Rows of x that stay in the first-level cache while rows of w pass by, and rows of w that stay in the second-level cache
+// until all rows of x have met them; in floats. So w is read from memory once.
+#define X_CACHE 6144
+#define W_CACHE 49152
 
-typedef struct { vf low, high; } Group;
-
-static inline Group group32(const float *p) { return (Group){load32(p), load32(p + L)}; }
-static inline Group group16(const uint16_t *p) {
-    vu words = *(const vu *)p;
-    return (Group){(vf)(words << 16), (vf)(words & 0xffff0000)};
+// Ask for `bytes` from p on, before they are needed: the processor by itself looks no further than a page.
+static inline void prefetch(const char *p, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
 }
+
+static inline int64_t within(int64_t cache, int64_t kp, int64_t step, int64_t most) {
+    int64_t rows = cache / kp / step * step;
+    return rows < step ? step : rows > most ? most : rows;
+}
+
+static inline vf low32(const float *p) { return load32(p); }
+static inline vf high32(const float *p) { return load32(p + L); }
+static inline vf low16(const uint16_t *p) { return (vf)(*(const vu *)p << 16); }
+static inline vf high16(const uint16_t *p) { return (vf)(*(const vu *)p & 0xffff0000); }
 
 // k elements, as fp32 groups, zeros behind them up to kp.
 static void widen_groups(float *to, const void *from, int64_t at, int64_t k, int64_t kp, int dtype) {
@@ -144,9 +177,8 @@ static void widen_groups(float *to, const void *from, int64_t at, int64_t k, int
     const uint16_t *h = (const uint16_t *)from + at;
     int64_t i = 0;
     for (; i + G <= k; i += G) {
-        Group g = group16(h + i);
-        *(vf *)(to + i) = g.low;
-        *(vf *)(to + i + L) = g.high;
+        *(vf *)(to + i) = low16(h + i);
+        *(vf *)(to + i + L) = high16(h + i);
     }
     if (i < kp) {
         memset(to + i, 0, G * sizeof(float));
@@ -154,39 +186,43 @@ static void widen_groups(float *to, const void *from, int64_t at, int64_t k, int
     }
 }
 
-#define TILE(MR, NR, GROUP, WTYPE)                                                                                     \
-    static inline __attribute__((always_inline)) void tile_##MR##x##NR##GROUP(                                         \
+#define TILE(MR, NR, BITS, WTYPE)                                                                                      \
+    static inline __attribute__((always_inline)) void tile_##MR##x##NR##group##BITS(                                   \
         const float *x, int64_t xs, const WTYPE *w, int64_t ws, int64_t k, float *y, int64_t ys) {                     \
-        vf acc[MR][NR];                                                                                                \
+        vf acc[MR][NR], b[NR];                                                                                         \
         for (int i = 0; i < MR; i++)                                                                                   \
             for (int j = 0; j < NR; j++) acc[i][j] = (vf){0};                                                          \
         for (int64_t at = 0; at < k; at += G) {                                                                        \
-            Group b[NR];                                                                                               \
-            for (int j = 0; j < NR; j++) b[j] = GROUP(w + j * ws + at);                                                \
+            for (int j = 0; j < NR; j++) b[j] = low##BITS(w + j * ws + at);                                            \
+            for (int j = 0; j < NR && MR > 1; j++) KEEP(b[j]);                                                         \
             for (int i = 0; i < MR; i++) {                                                                             \
                 vf a = load32(x + i * xs + at);                                                                        \
-                for (int j = 0; j < NR; j++) acc[i][j] = fma_(a, b[j].low, acc[i][j]);                                 \
+                KEEP(a);                                                                                               \
+                for (int j = 0; j < NR; j++) acc[i][j] = fma_(a, b[j], acc[i][j]);                                     \
             }                                                                                                          \
+            for (int j = 0; j < NR; j++) b[j] = high##BITS(w + j * ws + at);                                           \
+            for (int j = 0; j < NR && MR > 1; j++) KEEP(b[j]);                                                         \
             for (int i = 0; i < MR; i++) {                                                                             \
                 vf a = load32(x + i * xs + at + L);                                                                    \
-                for (int j = 0; j < NR; j++) acc[i][j] = fma_(a, b[j].high, acc[i][j]);                                \
+                KEEP(a);                                                                                               \
+                for (int j = 0; j < NR; j++) acc[i][j] = fma_(a, b[j], acc[i][j]);                                     \
             }                                                                                                          \
         }                                                                                                              \
         for (int i = 0; i < MR; i++)                                                                                   \
             for (int j = 0; j < NR; j++) y[i * ys + j] = sum(acc[i][j]);                                               \
     }
 
-TILE(4, 3, group32, float)
-TILE(3, 3, group32, float)
-TILE(2, 3, group32, float)
-TILE(1, 3, group32, float)
-TILE(4, 1, group32, float)
-TILE(3, 1, group32, float)
-TILE(2, 1, group32, float)
-TILE(1, 1, group32, float)
-TILE(1, 8, group32, float)
-TILE(1, 8, group16, uint16_t)
-TILE(1, 1, group16, uint16_t)
+TILE(4, 3, 32, float)
+TILE(3, 3, 32, float)
+TILE(2, 3, 32, float)
+TILE(1, 3, 32, float)
+TILE(4, 1, 32, float)
+TILE(3, 1, 32, float)
+TILE(2, 1, 32, float)
+TILE(1, 1, 32, float)
+TILE(1, 8, 32, float)
+TILE(1, 8, 16, uint16_t)
+TILE(1, 1, 16, uint16_t)
 
 // y[m, n] of rows [0, m) and n <= 3 columns, all operands fp32 groups.
 #define ROWS(NR, W, Y)                                                                                                 \
@@ -234,24 +270,30 @@ int rt_linear(void *y, const void *x, int64_t xs, const void *w, const void *bia
     int direct_y = dtype == FP32;
     if (direct_y) out = y;
     for (int64_t i = 0; i < m; i++) widen_groups(wide + i * kp, x, i * xs, k, kp, dtype);
-    int64_t span = m == 1 ? 64 : 3, tiles = (n + span - 1) / span;
-    for (int64_t first = 0; first < m; first += M_BLOCK) {
-        int64_t rows = m - first < M_BLOCK ? m - first : M_BLOCK;
+    int64_t x_rows = within(X_CACHE, kp, 4, 48), w_rows = m == 1 ? 64 : within(W_CACHE, kp, 3, 48);
+    int64_t blocks = (n + w_rows - 1) / w_rows;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-        for (int64_t t = 0; t < tiles; t++) {
-            int64_t at = t * span, here = n - at < span ? n - at : span;
-            const void *p = dtype == FP32 ? (const void *)((const float *)w + at * k) : (const uint16_t *)w + at * k;
-            float *to = out + first * n + at;
-            if (m == 1) {
-                row_times(wide, p, here, k, kp, dtype, to);
-            } else if (dtype == FP32 && kp == k) {
-                block(wide + first * kp, rows, p, here, k, to, n);
-            } else {
-                float copy[3 * kp];
-                for (int64_t j = 0; j < here; j++) widen_groups(copy + j * kp, p, j * k, k, kp, dtype);
-                block(wide + first * kp, rows, copy, here, kp, to, n);
-            }
+    for (int64_t t = 0; t < blocks; t++) {
+        int64_t at = t * w_rows, here = n - at < w_rows ? n - at : w_rows;
+        const void *p = dtype == FP32 ? (const void *)((const float *)w + at * k) : (const uint16_t *)w + at * k;
+        if (m == 1) {
+            row_times(wide, p, here, k, kp, dtype, out + at);
+            continue;
         }
+        int direct = dtype == FP32 && kp == k;
+        float copy[direct ? 1 : here * kp];
+        for (int64_t j = 0; j < here && !direct; j++) widen_groups(copy + j * kp, p, j * k, k, kp, dtype);
+        const float *rows = direct ? p : copy;
+        int64_t width = dtype == FP32 ? sizeof(float) : sizeof(uint16_t);
+        const char *next = (const char *)p + here * k * width;
+        int64_t left = n - at - here < w_rows ? n - at - here : w_rows, calls = (m + x_rows - 1) / x_rows * ((here + 2) / 3);
+        int64_t slice = (left * k * width / calls + 63) / 64 * 64;
+        for (int64_t i = 0; i < m; i += x_rows)
+            for (int64_t j = 0; j < here; j += 3, next += slice) {
+                prefetch(next, slice);
+                block(wide + i * kp, m - i < x_rows ? m - i : x_rows, rows + j * kp, here - j < 3 ? here - j : 3, kp,
+                      out + i * n + at + j, n);
+            }
     }
     if (bias) {
         float wide_bias[n];
