@@ -9,6 +9,7 @@ they differ, since the gradient of an estimate is not an estimate of the gradien
 has mean 0, that of k2 is the gradient of KL(pi || ref), that of k3 the gradient of the other divergence KL(ref || pi).
 k3 times pi / sg[pi] has the right one again. So k1 belongs into the reward, k2 or the corrected k3 into the loss;
 both are weighed by pi / behaviour here, which is 1 when x was sampled from pi itself and corrects for it when not.
+So weighed they have one gradient, token by token, r (a - b) grad a; they differ as numbers.
 """
 
 from __future__ import annotations

@@ -71,10 +71,10 @@ def difference_quotients(f: Callable[[np.ndarray], float], x: np.ndarray, h: flo
 
 
 @st.composite
-def batches(draw, min_size: int = 1, max_size: int = 6) -> tuple[Batch, np.ndarray]:
+def batches(draw, min_size: int = 1, max_size: int = 6, prompt: str = "") -> tuple[Batch, np.ndarray]:
     """A batch with "old", "reference" and "values", and current log-probabilities, all near one another, [T]."""
     some = st.text("#.", max_size=3)
-    marks = st.builds("{}#{}".format, some, some)
+    marks = st.builds((prompt + "{}#{}").format, some, some)
     rows = draw(st.lists(st.tuples(marks, st.integers(0, 3), st.integers(0, 2)), min_size=min_size, max_size=max_size))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     groups: dict[int, list[Trajectory]] = {}

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from raytron.rl.advantages import gae, returns_to_go, token_rewards, whiten
 from raytron.rl.algorithms import ALGORITHMS, make
 from raytron.rl.config import AlgorithmConfig
-from raytron.rl.types import Group
+from raytron.rl.packing import micro_batches
+from raytron.rl.types import Group, Tokens
 from tests.rl.batches import (
     batch_of,
     batches,
@@ -103,7 +104,7 @@ def expected_loss(name, batch, advantages_T, at):
     def loss(lp):
         total = 0.0
         for row in rows:
-            anchor = at if name == "gspo" else batch.logprobs.astype(float)  # one update: old is current, detached
+            anchor = (batch.fields["old"] if name == "gspo" else batch.logprobs).astype(float)
             sequence_ratio = math.exp(np.mean([lp[t] - anchor[t] for t in row]))
             for t in row:
                 A = advantages_T[t]
@@ -128,7 +129,6 @@ def expected_loss(name, batch, advantages_T, at):
 @given(drawn=batches())
 def test_equals_its_formula(name, drawn):
     batch, logprobs = drawn
-    batch = dataclasses.replace(batch, fields={"values": batch.fields["values"]})
     prepared = algorithm(name).prepare(batch)
     if name in ("reinforce_pp", "reinforce_pp_baseline", "ppo"):
         advantages_T = token_advantages(name, batch)
@@ -170,6 +170,42 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(variant, drawn, rand
         part = partial(total_loss, algorithm, prepared.select(rows), entropy=entropy[: len(at)])
         of_parts[at] += gradient(part, logprobs[at])
     np.testing.assert_allclose(of_parts, whole, rtol=1e-12, atol=1e-15)
+
+
+def packed_gradient(algorithm, prepared, logprobs, entropy, order, budget, packed):
+    """As a trainer takes it: from micro-batches of rows of tokens, padding and all."""
+    lp = torch.tensor(logprobs, requires_grad=True)
+    for micro in micro_batches(prepared, order, budget, packed=packed):
+        fields = {name: x_BS.reshape(-1) for name, x_BS in micro.fields_BS.items()}
+        at = fields["index"].clamp(min=0)
+        changes = {
+            name: fields[name].double() for name in ("behaviour", "advantages", "old", "reference") if name in fields
+        }
+        tokens = Tokens(
+            logprobs=lp[at],
+            mask=micro.loss_mask_BS.reshape(-1),
+            sequence=fields["sequence"],
+            sequences=len(micro.fields_BS["sequences"]),
+            entropy=torch.tensor(entropy)[at],
+            **changes,
+        )
+        (fields["weights"] * algorithm.loss(tokens)[0]).sum().backward()
+    return lp.grad.numpy()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@properties
+@given(
+    drawn=batches(prompt="."), random=st.randoms(use_true_random=False), budget=st.integers(1, 30), packed=st.booleans()
+)
+def test_any_packing_gives_the_same_gradient(variant, drawn, random, budget, packed):
+    batch, logprobs = drawn
+    algorithm, entropy, order = make(VARIANTS[variant]), np.ones(len(logprobs)), list(range(len(batch)))
+    prepared = algorithm.prepare(batch)
+    random.shuffle(order)
+    whole = gradient(partial(total_loss, algorithm, prepared, entropy=torch.tensor(entropy)), logprobs)
+    found = packed_gradient(algorithm, prepared, logprobs, entropy, order, budget, packed)
+    np.testing.assert_allclose(found, whole, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("garbage", [7.0, -1e30, math.inf, math.nan])
@@ -427,6 +463,18 @@ def test_stale_samples_are_corrected_by_the_ratio_where_nothing_is_decoupled():
     batch = batch_of([trajectory("#", 1.0, [-1.1]), trajectory("#", 0.0, [-2.0])])
     loss_T, _ = rloo.loss(tokens_of(rloo.prepare(batch), torch.tensor([-1.0, -1.0], dtype=torch.float64)))
     np.testing.assert_allclose(loss_T, [-math.exp(0.1), math.exp(1.0)], rtol=1e-6)
+
+
+def test_gspo_by_hand():
+    """Both tokens have the sequence's ratio exp((0.2 - 0.1) / 2), and each its share of the gradient."""
+    gspo = algorithm("gspo", clip_high=0.5, minibatches=2)
+    batch = batch_of([trajectory("#.#", 1.0), trajectory("#", 0.0)]).having(old=np.array([-1.2, 7.0, -0.9, -1.0]))
+    lp, scale = np.array([-1.0, -3.0, -1.0, -1.0]), 0.5 / math.sqrt(0.5)
+    loss_T, metrics = gspo.loss(tokens_of(gspo.prepare(batch), torch.tensor(lp)))
+    np.testing.assert_allclose(metrics["ratio"], [math.exp(0.05)] * 3 + [1.0], rtol=1e-6)
+    np.testing.assert_allclose(loss_T, [-scale * math.exp(0.05), 0.0, -scale * math.exp(0.05), scale], rtol=1e-5)
+    found = gradient(partial(total_loss, gspo, gspo.prepare(batch)), lp)
+    np.testing.assert_allclose(found, np.array([-math.exp(0.05), 0.0, -math.exp(0.05), 2.0]) * scale / 4, rtol=1e-5)
 
 
 def test_cispo_teaches_clipped_tokens():

@@ -67,6 +67,15 @@ def test_kl_loss_has_the_gradient_of_the_divergence(estimator, behaviour):
     np.testing.assert_allclose(found, REVERSE, atol=1e-12)
 
 
+def test_the_two_losses_have_one_gradient_token_by_token():
+    a, b, g = (random.normal(-1, 0.3, 8) for _ in range(3))
+    k2_T, k3_T = (
+        gradient(lambda x, e=e: kl_loss(e, x, torch.as_tensor(b), torch.as_tensor(g)).sum(), a) for e in ("k2", "k3")
+    )
+    np.testing.assert_allclose(k2_T, np.exp(a - g) * (a - b), rtol=1e-12)
+    np.testing.assert_allclose(k3_T, k2_T, rtol=1e-9)
+
+
 def test_k3_loss_against_differences():
     a, b, g = (random.normal(-1, 0.3, 8) for _ in range(3))
 
