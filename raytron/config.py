@@ -359,6 +359,11 @@ class EngineConfig(Typed):
     """CPU threads of a rank; by default what torch chooses."""
     seed: int = 0
     """Of requests that name none."""
+    logprobs: Literal["raw", "processed"] = "raw"
+    """Which distribution log-probabilities are of: the model's own, or the one tokens are drawn from, after
+    temperature, penalties and filters."""
+    weights: Literal["read", "await"] = "read"
+    """await: start without reading any; nothing is answered before a first update has brought all of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,9 +5,11 @@ from raytron.actors.failures import Failure, WorkerError
 from raytron.actors.group import ActorGroup, Calls
 from raytron.actors.placement import CapacityError
 from raytron.actors.ray_types import from_ray_train, result
+from raytron.actors.rollout import Generated, RolloutError, RolloutGroup
 from raytron.actors.session import Session
 from raytron.actors.trainer import TrainerGroup
 from raytron.actors.transport import ObjectStore
+from raytron.actors.weight_sync import LocalTrainer, PushReport, WeightSync
 
 __all__ = [
     "ActorGroup",
@@ -15,9 +17,15 @@ __all__ = [
     "CapacityError",
     "Devices",
     "Failure",
+    "Generated",
+    "LocalTrainer",
     "ObjectStore",
+    "PushReport",
+    "RolloutError",
+    "RolloutGroup",
     "Session",
     "TrainerGroup",
+    "WeightSync",
     "WorkerError",
     "from_ray_train",
     "result",

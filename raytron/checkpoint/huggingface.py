@@ -29,7 +29,7 @@ from raytron.parallel.layout import Layout, Place, Plan
 from raytron.parallel.storage import Buffers
 from raytron.parallel.transport import Distributed
 
-__all__ = ["Model", "convert", "export_model", "save_pretrained", "try_describe", "write_model"]
+__all__ = ["Model", "convert", "export_model", "save_pretrained", "small_files", "try_describe", "write_model"]
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -257,7 +257,7 @@ def convert(
     written = write_export(job, 0, fill, storage / temporary)
     new = set(written.entries)
     if written.error is None:
-        small = _kept(origin, dtype) | {path: _json(value) for path, value in _index(job).items()}
+        small = small_files(origin, dtype) | {path: _json(value) for path, value in _index(job).items()}
         written = write_files(storage / temporary, dict(sorted(small.items(), key=lambda item: _last(item[0]))))
     if written.error is not None:
         if storage.renames:
@@ -266,7 +266,7 @@ def convert(
     _publish(storage, temporary, name, new | set(written.entries))
 
 
-def _kept(origin: Storage, dtype: torch.dtype | None) -> dict[str, bytes]:
+def small_files(origin: Storage, dtype: torch.dtype | None) -> dict[str, bytes]:
     """The small files of a directory, its configuration with the new dtype."""
     names = [path for path in origin.files() if "/" not in path and not path.startswith(".")]
     small = {path: origin.read(path) for path in names if not path.endswith((".safetensors", INDEX, ".bin", ".pth"))}

@@ -23,14 +23,15 @@ from torch import Tensor
 
 from raytron.config import EngineConfig, ParallelConfig
 from raytron.inference.blocks import BlockPool
+from raytron.inference.confirm import confirm
 from raytron.inference.constraints import Grammars, allowed
 from raytron.inference.detokenize import TextStream
 from raytron.inference.runner import Runner, Step
 from raytron.inference.sampler import Draw, History, pick, top_logprobs
 from raytron.inference.scheduler import Scheduler, Work
 from raytron.inference.scheduler import Sequence as Running
-from raytron.inference.types import Output, PauseMode, Request, Stats, WeightUpdateError
-from raytron.models import from_pretrained, read_arch
+from raytron.inference.types import Output, PauseMode, Pushed, Request, Stats, WeightUpdateError
+from raytron.models import build, from_pretrained, read_arch
 from raytron.models.base import ShardedModel
 from raytron.models.kernels import KEYS
 from raytron.parallel.collectives import World
@@ -70,8 +71,11 @@ def load_model(config: EngineConfig, world: World | None) -> ShardedModel:
     """This rank's part of the model, ready for inference."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    read_arch(config.path)  # its errors come before any other
-    model = from_pretrained(config.path, world, model_dtype(config), parallel=engine_parallel(config))
+    arch = read_arch(config.path)  # its errors come before any other
+    if config.weights == "await":
+        model = build(arch, world, dtype=model_dtype(config), parallel=engine_parallel(config))
+    else:
+        model = from_pretrained(config.path, world, model_dtype(config), parallel=engine_parallel(config))
     return model.requires_grad_(False).eval().use_kernels(config.reproducible)
 
 
@@ -117,7 +121,7 @@ class NativeEngine:
             )
         if self.max_model_len < 1:
             raise ValueError(f"engine.kv_cache_mb {config.kv_cache_mb} does not hold one block; raise it")
-        self.version = 0
+        self.version, self.confirmed = 0, None
         self._scheduler = Scheduler(
             BlockPool(self.runner.blocks),
             config.block_size,
@@ -133,8 +137,9 @@ class NativeEngine:
         self._history = History(config.max_num_seqs, arch.vocab_size, self.model.weights.device)
         self._requests: dict[str, list[Running]] = {}
         self._seeds = itertools.count(config.seed << 32)
-        self._paused, self._updating, self._resume_after = False, False, False
-        self._stale: str | None = None
+        waits = config.weights == "await" and model is None
+        self._paused, self._updating, self._resume_after = waits, False, waits
+        self._stale: str | None = "it has had no weights yet" if waits else None
         self._touched: set[str] = set()
         self._counters = dict.fromkeys(("prompt_tokens", "cached_tokens", "generated_tokens", "finished"), 0)
         self._closed = False
@@ -282,7 +287,8 @@ class NativeEngine:
         draws = [self._draw(w.sequence) for w in work]
         matchers = [w.sequence.state.matcher for w in work]
         permitted = allowed(matchers, self.model.arch.vocab_size)
-        picked = pick(logits, draws, self._history, None if permitted is None else permitted.to(logits.device))
+        permitted = None if permitted is None else permitted.to(logits.device)
+        picked = pick(logits, draws, self._history, permitted, self.config.logprobs == "processed")
         self._remember(work, draws, picked.tokens)
         for w, token, logprob, top in zip(work, picked.tokens, picked.logprobs, picked.top, strict=True):
             outputs.append(self._advance(w.sequence, token, logprob, top))
@@ -389,18 +395,22 @@ class NativeEngine:
         elif not self._stale:  # else it is paused because the last update failed
             self._resume_after = not self._paused
         outputs = self.pause(mode)
-        self._updating = True
+        self._updating, self.confirmed = True, None
         self._touched.clear()
         return outputs
 
-    def update_weights(self, weights: Mapping[str, Tensor] | str) -> None:
+    def update_weights(self, weights: Mapping[str, Tensor] | str | Pushed) -> None:
         """See `Engine.update_weights`. A failed call ends the update; what it had changed makes the engine stale."""
         if not self._updating:
             raise RuntimeError("no weight update is under way; call start_weight_update first")
+        self.confirmed = None
         try:
-            if isinstance(weights, str):
-                self._touched |= {"?"}  # a directory that fails half-way leaves a mixture
-                self.runner.update_from(weights)
+            if isinstance(weights, str | Pushed):
+                self._touched |= {"?"}  # one that fails half-way leaves a mixture
+                if isinstance(weights, str):
+                    self.runner.update_from(weights)
+                else:
+                    self.confirmed = confirm(self.runner.take(weights.path, weights.turn), weights)
                 self._touched = set(self.runner.names())
             else:
                 self.runner.update(weights)
@@ -408,6 +418,13 @@ class NativeEngine:
         except Exception as error:  # a damaged file is as bad as a wrong shape
             self._fail(str(error))
             raise
+
+    def verify(self, pushed: Pushed) -> int:
+        """`confirmed` of what the engine holds now, whatever it has been told.
+
+        Raises WeightUpdateError naming a tensor that is not as it was pushed.
+        """
+        return confirm(self.runner.take(pushed.path, None), pushed)
 
     def finish_weight_update(self, version: int) -> None:
         """See `Engine.finish_weight_update`."""

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from raytron.inference.types import Engine, Output, PauseMode, Request, Stats
+from raytron.inference.types import Engine, Output, PauseMode, Pushed, Request, Stats
 
 __all__ = ["EngineFailed", "EngineLoop", "Overloaded"]
 
@@ -119,7 +119,7 @@ class EngineLoop:
         self._failure: str | None = None  # the engine is dead, or stale after a failed update
         self._draining = self._closing = self._paused = False
         self._held: list[Callable[[], None]] = []  # what waits for an update that waits for the running requests
-        self._updates: deque[tuple[str, PauseMode, int | None, Future[int]]] = deque()
+        self._updates: deque[tuple[str | Pushed, PauseMode, int | None, Future[int]]] = deque()
         self._promises: set[Future[Any]] = set()  # answers that someone waits for besides requests
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -185,8 +185,8 @@ class EngineLoop:
             with self._ready:
                 self._ready.notify_all()
 
-    async def update_weights(self, path: str, mode: PauseMode = "keep", version: int | None = None) -> int:
-        """Load a Hugging Face directory while requests are in flight; the version it now answers with.
+    async def update_weights(self, weights: str | Pushed, mode: PauseMode = "keep", version: int | None = None) -> int:
+        """Load a Hugging Face directory, or a push, while requests are in flight; the version it now answers with.
 
         mode: "keep" recomputes what is cached of running requests and goes on with the new weights, "wait" lets those
         already in finish first (they keep streaming), "abort" ends them. version: by default one more than now.
@@ -194,16 +194,24 @@ class EngineLoop:
         Raises ValueError for a path without weights, and whatever the engine raises for weights that do not fit. If the
         old ones are no longer whole by then, it answers nothing (`EngineFailed`) until an update succeeds.
         """
-        folder = Path(path)
+        folder = Path(weights if isinstance(weights, str) else weights.path)
         if not any(folder.joinpath(f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
-            raise ValueError(f"{path}: no model.safetensors or model.safetensors.index.json there")
+            raise ValueError(f"{folder}: no model.safetensors or model.safetensors.index.json there")
         done = self._promise()
-        return await self._kept(done, lambda: self._updates.append((path, mode, version, done)))
+        return await self._kept(done, lambda: self._updates.append((weights, mode, version, done)))
 
     async def call(self, action: Callable[[Engine], T]) -> T:
         """Run `action(engine)` in the engine's thread, between two steps. Not for requests: nobody would read them."""
         done = self._promise()
         return await self._kept(done, lambda: self._act(action, done))
+
+    async def pause(self, mode: PauseMode = "keep") -> None:
+        """Stop stepping, see `Engine.pause`; requests may be added and wait for `resume`."""
+        await self.call(lambda engine: self._deliver(engine.pause(mode)))
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        await self.call(lambda engine: engine.resume())
 
     async def stats(self) -> Stats:
         """The engine's numbers, with the loop's view of its health."""
@@ -310,16 +318,16 @@ class EngineLoop:
             done.set_exception(error)
         self._paused = self.engine.stats().paused
 
-    def _update(self, path: str, mode: PauseMode, version: int | None, done: Future[int]) -> None:
+    def _update(self, weights: str | Pushed, mode: PauseMode, version: int | None, done: Future[int]) -> None:
         version = self.engine.version + 1 if version is None else version
         try:
             self._deliver(self.engine.start_weight_update("keep" if mode == "wait" else mode))
-            self.engine.update_weights(path)
+            self.engine.update_weights(weights)
             self.engine.finish_weight_update(version)
         except Exception as error:
             done.set_exception(error)
             if (health := self.engine.stats().health) != "ready":  # else nothing was changed: it goes on as it was
-                self._failure = f"loading {path} failed, {health}"
+                self._failure = f"loading {weights if isinstance(weights, str) else weights.path} failed, {health}"
                 self._fail_all()
                 self.engine.abort(list(self._streams))
         else:

@@ -24,13 +24,15 @@ from raytron.models import load_weights
 from raytron.models.base import ShardedModel, rank_name
 from raytron.models.layers.cache import PagedSequences, block_bytes, make_caches
 from raytron.parallel.layout import only
+from raytron.parallel.shared import SharedReader
 
 __all__ = ["Runner", "Step"]
 
 log = logging.getLogger(__name__)
 
 _INLINE = 2048  # integers an order carries in its first message
-_STEP, _TENSOR, _PATH, _STOP = range(4)
+_STEP, _TENSOR, _PATH, _TAKE, _STOP = range(5)
+_SUMS_ONLY = -1
 
 
 class Step(NamedTuple):
@@ -64,6 +66,7 @@ class Runner:
         self._caches = make_caches(layers, self.blocks, config.block_size, dtype, model.weights.device)
         self._rotary = model.rotary(max_len)
         self._held = only(model.layout(), places=[rank_name(self.world.rank)])
+        self._reader: SharedReader | None = None
 
     def _agree(self, blocks: int) -> int:
         """The fewest that any rank has room for."""
@@ -104,6 +107,19 @@ class Runner:
             self._tell(_PATH, (len(text),), text)
         self._load(path)
 
+    def take(self, path: str, turn: int | None) -> dict[str, int]:
+        """What a push has changed, from a shared directory; checksums of all tensors that the ranks hold then. Rank 0.
+
+        Every rank copies its own boxes. turn: None copies nothing.
+
+        Raises WeightUpdateError if a rank could not, or holds another copy of a tensor than it should.
+        """
+        number = _SUMS_ONLY if turn is None else turn
+        if self.world.mesh.size > 1:
+            text = np.frombuffer(path.encode(), dtype=np.uint8).astype(np.int32)
+            self._tell(_TAKE, (number,), text)
+        return self._take(path, number)
+
     def stop(self) -> None:
         """Let the other ranks leave `follow`. Rank 0."""
         if self.world.mesh.size > 1:
@@ -139,7 +155,7 @@ class Runner:
                 self._follow_step(payload.numpy(), *sizes[:4])
             else:
                 text = payload.numpy().astype(np.uint8).tobytes().decode()
-                self._follow_update(text, kind)
+                self._follow_update(text, kind, sizes[0])
 
     @torch.inference_mode()
     def _follow_step(self, payload: np.ndarray, T: int, S: int, width: int, W: int) -> None:
@@ -147,13 +163,13 @@ class Runner:
         tokens, sequence, position, tables, wanted = np.split(payload, ends[:-1])
         self._forward(Step(tokens, sequence, position, tables.reshape(S, width), wanted))
 
-    def _follow_update(self, text: str, kind: int) -> None:
+    def _follow_update(self, text: str, kind: int, number: int) -> None:
         if kind == _TENSOR:
             tensor = torch.empty(self._specs()[text].shape, dtype=self.model.weights.dtype)
             self._fill(text, self.world.axis("world").broadcast_(tensor))
             return
         try:
-            self._load(text)
+            self._load(text) if kind == _PATH else self._take(text, number)
         except WeightUpdateError:
             log.exception("rank %d could not load %s", self.world.rank, text)
 
@@ -211,6 +227,7 @@ class Runner:
 
     def _fill(self, name: str, tensor: Tensor) -> None:
         flat = self.model.weights
+        self._forget()
         for piece in self._held.pieces.get(name, ()):
             size = [stop - start for start, stop in piece.box]
             box = tuple(slice(start, stop) for start, stop in piece.box)
@@ -218,6 +235,7 @@ class Runner:
 
     def _load(self, path: str) -> None:
         problem = None
+        self._forget()
         try:
             load_weights(self.model, path)
         except (ValueError, OSError) as error:
@@ -225,3 +243,28 @@ class Runner:
         failed = self.world.axis("world").all_reduce_(torch.tensor([float(problem is not None)]))
         if failed:
             raise WeightUpdateError(problem or f"another rank could not load {path}; its log says why")
+
+    def _take(self, path: str, turn: int) -> dict[str, int]:
+        names, problem, sums = list(self._specs()), None, {}
+        try:
+            sums = self._from(path).take(None if turn == _SUMS_ONLY else turn)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        # Sums of disjoint shares add up modulo 2^64, which is how signed 64-bit integers add up.
+        told = np.array([sums.get(name, 0) for name in names] + [problem is not None], dtype=np.uint64).view(np.int64)
+        told = self.world.axis("world").all_reduce_(torch.from_numpy(told)).numpy().view(np.uint64).tolist()
+        if told.pop():
+            raise WeightUpdateError(problem or f"another rank could not take {path}; its log says why")
+        return dict(zip(names, told, strict=True))
+
+    def _from(self, path: str) -> SharedReader:
+        """The way from that directory into this rank's weights; kept for the next push."""
+        if self._reader is None or self._reader.shared.path != path:
+            me = rank_name(self.world.rank)
+            self._reader = SharedReader(path, self.model.layout(), me, {(me, "weights"): self.model.weights})
+        return self._reader
+
+    def _forget(self) -> None:
+        """Weights have come another way: the next push is taken whole."""
+        if self._reader is not None:
+            self._reader.forget()

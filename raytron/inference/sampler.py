@@ -44,22 +44,31 @@ class Picked:
     top: list[dict[int, float] | None]
 
 
-def pick(logits_BV: Tensor, draws: Sequence[Draw], history: History, allowed: Tensor | None = None) -> Picked:
+def pick(
+    logits_BV: Tensor,
+    draws: Sequence[Draw],
+    history: History,
+    allowed: Tensor | None = None,
+    processed: bool = False,
+) -> Picked:
     """Choose a token for every row.
 
     Args:
         logits_BV: of the model, any float dtype.
         allowed: bool [B, V], what a constraint permits.
-
-    Log-probabilities are of the model's own distribution; penalties, bias and temperature only guide the choice.
+        processed: log-probabilities are of the distribution that tokens are drawn from (that of a greedy row, which has
+            none, of temperature 1 without filters), else of the model's own, which penalties, bias, constraints,
+            temperature and filters leave alone.
     """
     logits = logits_BV.float()
-    logs = torch.log_softmax(logits, -1)
+    logs = None if processed else torch.log_softmax(logits, -1)
     plain = [_plain(draw) for draw in draws]
     if all(plain) and allowed is None:
         tokens = logits.argmax(-1)
+        logs = torch.log_softmax(logits, -1) if logs is None else logs
     else:
-        tokens = _choose(_guided(logits, draws, history, allowed), draws)
+        guided = _guided(logits, draws, history, allowed)
+        tokens, logs = _choose(guided, draws, logs)
     chosen = logs.gather(1, tokens.unsqueeze(1)).squeeze(1)
     return Picked(tokens.tolist(), chosen.tolist(), _top(logs, [draw.params.logprobs for draw in draws]))
 
@@ -114,13 +123,15 @@ def _guided(logits: Tensor, draws: Sequence[Draw], history: History, allowed: Te
     return logits
 
 
-def _choose(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The likeliest of greedy rows, a draw of the others; int64 [B].
+def _choose(logits: Tensor, draws: Sequence[Draw], logs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The likeliest of greedy rows, a draw of the others, int64 [B]; and `logs`, or those of what was drawn from.
 
     Rows that cut nothing off are drawn in the order of the vocabulary, without sorting it. Which way a row goes is its
     own affair: the same number picks another token in another order.
     """
-    tokens = logits.argmax(-1)
+    tokens, report = logits.argmax(-1), logs is None
+    if report:
+        logs = torch.log_softmax(logits, -1)
     chance = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
     whole = [row for row in chance if not _cuts(draws[row].params)]
     cut = [row for row in chance if _cuts(draws[row].params)]
@@ -130,20 +141,23 @@ def _choose(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
             mine = [draws[row] for row in rows]
             heat = _column([d.params.temperature for d in mine], logits)
             u = _column(uniform([d.seed for d in mine], [d.position for d in mine]), logits)
-            tokens[at] = draw(logits[at] / heat, u, [d.params for d in mine])
-    return tokens
+            tokens[at], drawn = draw(logits[at] / heat, u, [d.params for d in mine])
+            if report:
+                logs[at] = torch.log_softmax(drawn, -1)
+    return tokens, logs
 
 
 def _cuts(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
-def _draw(logits: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    return _invert(torch.softmax(logits, -1), u)
+def _draw(logits: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """Tokens, and the logits they were drawn by."""
+    return _invert(torch.softmax(logits, -1), u), logits
 
 
-def _draw_cut(logits: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """top_k and min_p cut the distribution, top_p what they leave of it."""
+def _draw_cut(logits: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """The same; top_k and min_p cut the distribution, top_p what they leave of it."""
     values, ids = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = torch.softmax(values, -1)
     rank = torch.arange(values.shape[1], device=values.device)
@@ -153,7 +167,8 @@ def _draw_cut(logits: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Te
     before = left.cumsum(-1) - left
     keep &= before < _column([p.top_p for p in params], values) * left.sum(-1, keepdim=True)
     keep[:, 0] = True
-    return ids.gather(1, _invert(probabilities * keep, u).unsqueeze(1)).squeeze(1)
+    tokens = ids.gather(1, _invert(probabilities * keep, u).unsqueeze(1)).squeeze(1)
+    return tokens, logits.scatter(1, ids, values.masked_fill(~keep, -torch.inf))
 
 
 def _invert(weights: Tensor, u: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "Generation",
     "Output",
     "PauseMode",
+    "Pushed",
     "Request",
     "SamplingParams",
     "Stats",
@@ -137,15 +138,29 @@ class Request:
     client: str = ""
 
 
+@dataclass(frozen=True)
+class Pushed:
+    """New weights in the shared directory of a node (`raytron.parallel.shared`), and proof that they are the trainer's.
+
+    path: of the directory. turn: number of the push that wrote it last. checksums: canonical name -> what the tensor
+    must sum to (`raytron.parallel.checksum`).
+    """
+
+    path: str
+    turn: int
+    checksums: Mapping[str, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """What one sequence gained in one step.
 
     index: which of the request's n sequences. token_ids, logprobs, versions: of the new tokens, all of one length;
-    log-probabilities are natural logs of the model's own distribution, before temperature and the like. text: what may
-    be shown of them now; the start of a stop text, or of a character, is held back. top_logprobs: token id -> log-
-    probability of the likeliest alternatives, for each new token, if asked for. prompt_logprobs, prompt_top_logprobs:
-    of the prompt's tokens from the second on, once, with the sequence's first output, if asked for.
+    log-probabilities are natural logs of the model's own distribution, before temperature and the like, or with
+    `EngineConfig.logprobs` "processed" of the one after them. text: what may be shown of them now; the start of a stop
+    text, or of a character, is held back. top_logprobs: token id -> log-probability of the likeliest alternatives, for
+    each new token, if asked for. prompt_logprobs, prompt_top_logprobs: of the prompt's tokens from the second on (the
+    model's own), once, with the sequence's first output, if asked for.
     finish_reason: None while it goes on; stop_reason: the stop text or token id that ended it, if one did.
     """
 
@@ -192,10 +207,12 @@ class Engine(Protocol):
     Attributes:
         max_model_len: tokens of prompt and output together.
         version: of the weights, 0 until an update names another.
+        confirmed: `checksum.fold` of the weights that the last update brought, if that was a push, else None.
     """
 
     max_model_len: int
     version: int
+    confirmed: int | None
 
     def add(self, request: Request) -> None:
         """Take a request in. Raises ValueError for one that can never be answered, and loses nothing by it."""
@@ -221,10 +238,11 @@ class Engine(Protocol):
     def start_weight_update(self, mode: PauseMode = "keep") -> list[Output]:
         """Pause as `pause(mode)` and make ready for new weights; returns the same. One under way is given up for it."""
 
-    def update_weights(self, weights: Mapping[str, Any] | str) -> None:
+    def update_weights(self, weights: Mapping[str, Any] | str | Pushed) -> None:
         """New values: canonical name -> whole tensor, any part of them a call; or the path of a Hugging Face directory.
 
-        Raises WeightUpdateError for an unknown name or another shape.
+        A push is taken from the node's shared memory, and its checksums are held against what the engine has then.
+        Raises WeightUpdateError for an unknown name, another shape, or another checksum, naming the tensor.
         """
 
     def finish_weight_update(self, version: int) -> None:

@@ -10,6 +10,9 @@ gone, so that `model.load_weights` fails half way. Chunks are therefore copied a
 of the model's directory, and reloaded when all are there. An update that is refused has touched nothing and the old
 weights go on; only a reload that fails half way is the end of the engine. One that is *partial* is refused.
 
+A push is checked before it is reloaded: the sums are of the file's contents, which vLLM then loads; what it makes of
+them (packed, and cut over its ranks) has no canonical form that could be summed.
+
 Where vLLM differs from the native engine: log-probabilities of constrained outputs are of the distribution after the
 constraint (it masks first), and a temperature below 0.01 is 0.01.
 
@@ -36,16 +39,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raytron.config import EngineConfig
+from raytron.inference.confirm import confirm
 from raytron.inference.types import (
     MOST_LOGPROBS,
     Output,
     PauseMode,
+    Pushed,
     Request,
     SamplingParams,
     Stats,
     WeightUpdateError,
 )
+from raytron.models import build, read_arch
 from raytron.parallel.file_layout import file_layout
+from raytron.parallel.shared import SharedWeights
 
 if TYPE_CHECKING:
     import vllm
@@ -92,8 +99,8 @@ class VLLMEngine:
                 "engine.reproducible is what the native engine does; set engine to native, or leave it off"
             )
         self.config = config
-        self.version = 0
-        self._model = _Canonical(config.path)
+        self.version, self.confirmed = 0, None
+        self._model = _Canonical(config)
         self._engine: LLMEngine | None = _start(config, self._model)
         self.max_model_len: int = self._engine.model_config.max_model_len
         self._vocabulary: int = self._engine.model_config.get_vocab_size()
@@ -104,7 +111,9 @@ class VLLMEngine:
         self._turn = 0
         self._update: _Update | None = None
         self._paused = False
-        self._health = "ready"
+        self._awaiting = config.weights == "await"
+        self._health = "stale: it has had no weights yet" if self._awaiting else "ready"
+        self._shared: SharedWeights | None = None
         self._preempted = self._prompt = self._cached = self._generated = self._finished = 0
 
     # -------------------------------------------------------------------------------------------------------- requests
@@ -133,6 +142,8 @@ class VLLMEngine:
 
     def _check(self, request: Request) -> None:
         prompt, params = request.prompt_token_ids, request.params
+        if self._health.startswith("stale"):
+            raise ValueError(f"this engine is {self._health}; give it whole new weights first")
         if request.id in self._requests:
             raise ValueError(f"request {request.id!r} is not finished yet; give each request an id of its own")
         if not prompt:
@@ -281,10 +292,14 @@ class VLLMEngine:
         self._update = _Update(was_paused)
         return outputs
 
-    def update_weights(self, weights: Mapping[str, Any] | str) -> None:
+    def update_weights(self, weights: Mapping[str, Any] | str | Pushed) -> None:
         """New values, checked and copied; nothing changes before `finish_weight_update`. See `Engine`."""
         update = self._updating()
+        self.confirmed = None
         with self._refusing():
+            if isinstance(weights, Pushed):
+                self.confirmed = self.verify(weights)
+                weights = weights.path
             if isinstance(weights, str | os.PathLike):
                 self._model.check({name: spec.shape for name, spec in file_layout(weights).tensors.items()}, whole=True)
                 update.path, update.tensors = os.fspath(weights), {}
@@ -293,6 +308,12 @@ class VLLMEngine:
                 dtype = self._engine.model_config.dtype
                 update.tensors |= {name: _copy(tensor, dtype) for name, tensor in weights.items()}
 
+    def verify(self, pushed: Pushed) -> int:
+        """`confirmed` of what is in the shared directory now. Raises WeightUpdateError naming a tensor that differs."""
+        if self._shared is None or self._shared.path != pushed.path:
+            self._shared = SharedWeights(pushed.path)
+        return confirm(self._shared.checksums(), pushed)
+
     def finish_weight_update(self, version: int) -> None:
         """Put the new weights in force; see `Engine`. Raises WeightUpdateError if some are missing."""
         update = self._updating()
@@ -300,6 +321,7 @@ class VLLMEngine:
             if update.path is None:
                 self._model.check({name: tuple(t.shape) for name, t in update.tensors.items()}, whole=True)
         self._reload(update)
+        self._health = "ready"
         self.version, self._update, self._paused = version, None, update.was_paused
 
     def _reload(self, update: _Update) -> None:
@@ -332,7 +354,7 @@ class VLLMEngine:
         """What goes wrong inside is a WeightUpdateError and ends the update; the old weights are whole and go on."""
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, WeightUpdateError) as error:
             self._paused, self._update = self._updating().was_paused, None
             raise WeightUpdateError(f"the update is refused and changed nothing: {error}") from error
 
@@ -410,12 +432,15 @@ class _Canonical:
     A tied output matrix may be stored or given and is passed over, as are rotary buffers that old files hold.
     """
 
-    def __init__(self, path: str) -> None:
-        folder = Path(path)
+    def __init__(self, engine: EngineConfig) -> None:
+        folder = Path(engine.path)
         if not (folder / "config.json").is_file():
-            raise ValueError(f"engine.path {path!r} has no config.json; give a Hugging Face model directory")
+            raise ValueError(f"engine.path {engine.path!r} has no config.json; give a Hugging Face model directory")
         config = json.loads((folder / "config.json").read_text())
-        specs = file_layout(folder).tensors
+        if engine.weights == "await":
+            specs = build(read_arch(folder), device="meta").layout().tensors
+        else:
+            specs = file_layout(folder).tensors
         self.shapes = {name: spec.shape for name, spec in specs.items() if not name.endswith("rotary_emb.inv_freq")}
         self.tied = bool(config.get("tie_word_embeddings"))
         if self.tied:
@@ -543,6 +568,8 @@ def _start(config: EngineConfig, model: _Canonical) -> LLMEngine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max(config.max_batched_tokens, config.max_num_seqs),
             max_logprobs=MOST_LOGPROBS,
+            logprobs_mode=f"{config.logprobs}_logprobs",
+            load_format="dummy" if config.weights == "await" else "auto",
             block_size=-(-config.block_size // _BLOCK) * _BLOCK,
             kv_cache_memory_bytes=int(config.kv_cache_mb * 2**20),
             enable_prefix_caching=config.prefix_caching,

@@ -11,6 +11,7 @@ once two layouts cut a tensor differently; the elementwise form of this sum is a
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -21,10 +22,9 @@ import torch
 
 from raytron.parallel.boxes import Box, whole
 from raytron.parallel.pieces import Layout
-from raytron.parallel.storage import Buffers, copy_, view
+from raytron.parallel.storage import Buffers, as_integers, copy_, view
 
 _MODULUS = 1 << 64
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 1 << 23  # bytes copied at once where words must be assembled: bounds the extra memory
 _ROW, _COLUMN = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03  # seeds: rows and columns must not share weights
 
@@ -39,7 +39,7 @@ def checksum(tensor: torch.Tensor, box: Box | None = None, shape: Sequence[int] 
     box = whole(shape) if box is None else box
     if tuple(tensor.shape) != tuple(hi - lo for lo, hi in box) or len(shape) != len(box):
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is not the box {box} of shape {shape}")
-    bits = tensor.detach().view(_BITS[tensor.element_size()])
+    bits = as_integers(tensor)
     if not shape:
         bits, box, shape = bits.unsqueeze(0), ((0, 1),), (1,)
     return _sum(bits, box, shape) % _MODULUS if bits.numel() else 0
@@ -70,6 +70,30 @@ def combine(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return out
 
 
+def as_words(tensor: torch.Tensor, box: Box) -> torch.Tensor | None:
+    """A view int64 [rows, words] of the values of a box, whose rows are whole words of the canonical tensor; else None.
+
+    Rows are the indices of all dimensions but the last, evenly spaced.
+    """
+    bits = as_integers(tensor)
+    words = _words(bits, box[-1]) if bits.numel() else None
+    return None if words is None else words.view(torch.int64)
+
+
+def word_weights(box: Box, shape: Sequence[int], itemsize: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint64 weights of the rows, and of the words of a row, of `as_words(tensor, box)`: the checksum is the sum of
+    word x row's weight x word's weight modulo 2^64."""
+    per_word = 8 // itemsize
+    first, last = box[-1]
+    return _row_weights(box[:-1], shape[:-1]), _weights(_COLUMN, first // per_word, -(-last // per_word))
+
+
+def fold(sums: Mapping[str, int]) -> int:
+    """One number, in [0, 2^64), for the checksums of all tensors of a model."""
+    text = "".join(f"{name}={value:016x};" for name, value in sorted(sums.items()))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
 def _sum(bits: torch.Tensor, box: Box, shape: Sequence[int]) -> int:
     """Word by word where memory allows it, otherwise in blocks that are copied to whole, aligned words."""
     words = _words(bits, box[-1])
@@ -84,9 +108,7 @@ def _sum(bits: torch.Tensor, box: Box, shape: Sequence[int]) -> int:
             return _sum(bits[0], ((first + lo, first + hi), *box[2:]), (shape[0] * shape[1], *shape[2:]))
     if words is None:
         words = _assemble(bits, box[-1])
-    per_word = 8 // bits.element_size()
-    columns = _weights(_COLUMN, box[-1][0] // per_word, -(-box[-1][1] // per_word))
-    return _dot(words, _row_weights(box[:-1], shape[:-1]), columns)
+    return _dot(words, *word_weights(box, shape, bits.element_size()))
 
 
 def _words(bits: torch.Tensor, columns: tuple[int, int]) -> torch.Tensor | None:

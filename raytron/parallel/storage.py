@@ -27,6 +27,14 @@ def view(flat: torch.Tensor, box: Box, spot: Spot) -> torch.Tensor:
     return torch.as_strided(flat.detach(), sizes, spot.strides, flat.storage_offset() + spot.offset)
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers of the elements' width: their bits, whatever the dtype and strides."""
+    return tensor.detach().view(_INTEGERS[tensor.element_size()])
+
+
 def as_bytes(contiguous: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor as flat uint8 (what gloo and files take for every dtype, float8 included)."""
     return contiguous.detach().reshape(-1).view(torch.uint8)

@@ -85,14 +85,47 @@ def test_a_row_does_not_depend_on_the_others(data):
     for slot in range(rows):
         memory.begin(slot, slot, past[slot], past[slot][:2])
     draws = [Draw(p, 11 * slot, slot, len(past[slot]), (4,)) for slot, p in enumerate(params)]
-    together = pick(x, draws, memory)
+    processed = data.draw(st.booleans())
+    together = pick(x, draws, memory, None, processed)
+    assert together.tokens == pick(x, draws, memory, None, not processed).tokens
     for row in range(rows):
-        alone = pick(x[row : row + 1], draws[row : row + 1], memory)
+        alone = pick(x[row : row + 1], draws[row : row + 1], memory, None, processed)
         assert (alone.tokens[0], alone.logprobs[0], alone.top[0]) == (
             together.tokens[row], together.logprobs[row], together.top[row],
         )  # fmt: skip
         assert together.tokens[row] != 4
-        assert together.logprobs[row] == torch.log_softmax(x[row], -1)[together.tokens[row]]
+        if not processed:
+            assert together.logprobs[row] == torch.log_softmax(x[row], -1)[together.tokens[row]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 1.7])
+def test_processed_log_probabilities_are_those_at_the_temperature(temperature: float):
+    """To the bit what a trainer computes that divides fp32 logits; a greedy row has no distribution but the model's."""
+    x = logits(6, seed=8)
+    draws = [Draw(SamplingParams(temperature=temperature), seed, seed, 0) for seed in range(6)]
+    picked = pick(x, draws, history(), None, processed=True)
+    wanted = torch.log_softmax(x / (temperature or 1.0), -1)
+    assert picked.logprobs == wanted[torch.arange(6), picked.tokens].tolist()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.8, top_k=5, logprobs=20),
+        SamplingParams(temperature=1.0, top_p=0.7, min_p=0.01, logprobs=20),
+        SamplingParams(temperature=1.3, top_k=9, logit_bias={3: 5.0, 4: -100.0}, presence_penalty=1.0, logprobs=20),
+    ],
+)
+def test_processed_log_probabilities_are_of_what_tokens_are_drawn_from(params):
+    (row,), memory = logits(1, seed=9), history()
+    memory.begin(0, "it", [1], [2])
+    draws = [Draw(params, seed, 0, 0) for seed in range(4000)]
+    picked = pick(row.expand(4000, -1), draws, memory, None, processed=True)
+    found = torch.bincount(torch.tensor(picked.tokens), minlength=V) / 4000
+    wanted = {token: np.exp(logprob) for token, logprob in picked.top[0].items()}
+    assert sum(wanted.values()) == pytest.approx(1.0, abs=1e-5)  # 20 alternatives are more than are left
+    assert all(abs(found[token] - p) < 0.03 for token, p in wanted.items())
+    assert all(wanted[token] == np.exp(logprob) for token, logprob in zip(picked.tokens, picked.logprobs, strict=True))
 
 
 def test_penalties_are_what_their_names_say():

@@ -12,8 +12,12 @@ import torch
 import torch.distributed as dist
 
 from raytron.config import EngineConfig
-from raytron.inference import Collector, Request, SamplingParams, WeightUpdateError
+from raytron.inference import Collector, Pushed, Request, SamplingParams, WeightUpdateError
 from raytron.inference.vllm import VLLMEngine
+from raytron.parallel.boxes import whole
+from raytron.parallel.checksum import fold
+from raytron.parallel.layout import Spec
+from raytron.parallel.shared import SharedDirectory, SharedWeights
 from tests.inference.models import Reference, make_model, tokenizer
 from tests.models.hugging_face import stored
 
@@ -112,6 +116,47 @@ def test_updates_start_and_end(tmp_path: Path):
     assert not dist.is_initialized()
     with pytest.raises(RuntimeError, match="closed"):
         engine.step()
+
+
+@needs_vllm
+def test_pushes_and_processed_log_probabilities(tmp_path: Path):
+    """It starts without weights, answers with those of a push once their checksums are right, and reports the
+    log-probabilities of the distribution it draws from."""
+    folder = make_model(tmp_path / "model", 1)
+    weights = stored(folder)
+    tensors = {name: Spec(tuple(t.shape)) for name, t in weights.items()}
+    (folder / "model.safetensors").unlink()
+    directory = SharedDirectory(tensors, {"config.json": (folder / "config.json").read_bytes()}, tmp_path)
+    shared = SharedWeights(directory.path)
+    engine = VLLMEngine(config(folder, weights="await", logprobs="processed"))
+    try:
+        assert engine.stats().health.startswith("stale")
+        with pytest.raises(ValueError, match="it has had no weights yet"):
+            greedy(engine)
+        for name, tensor in weights.items():
+            shared.write(name, whole(tensor.shape), tensor, 1)
+        sums = shared.checksums()
+        engine.start_weight_update()
+        with pytest.raises(WeightUpdateError, match=r"model\.norm\.weight: the engine holds checksum"):
+            engine.update_weights(Pushed(directory.path, 1, sums | {"model.norm.weight": 1}))
+        engine.start_weight_update()
+        engine.update_weights(Pushed(directory.path, 1, sums))
+        engine.finish_weight_update(3)
+        assert (engine.version, engine.confirmed, engine.stats().health) == (3, fold(sums), "ready")
+
+        params = SamplingParams(temperature=0.6, seed=1, max_tokens=16, ignore_eos=True)
+        engine.add(Request("warm", PROMPT, params))
+        outputs = []
+        while engine.has_unfinished():
+            outputs += engine.step()
+        tokens = [token for output in outputs for token in output.token_ids]
+        (folder / "model.safetensors").write_bytes((Path(directory.path) / "model.safetensors").read_bytes())
+        logs = torch.log_softmax(Reference(folder).continuation(PROMPT, tokens) / 0.6, -1)
+        wanted = logs.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1).tolist()
+        assert [p for output in outputs for p in output.logprobs] == pytest.approx(wanted, abs=1e-4)
+    finally:
+        engine.close()
+        directory.close()
 
 
 @needs_vllm

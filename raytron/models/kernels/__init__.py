@@ -12,26 +12,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-__all__ = ["KEYS", "Attend", "attend", "library", "linear", "padded", "rms_norm", "swiglu", "usable"]
+from raytron.parallel.compiled import load
 
-log = logging.getLogger(__name__)
+__all__ = ["KEYS", "Attend", "attend", "library", "linear", "padded", "rms_norm", "swiglu", "usable"]
 
 KEYS = 32  # cache blocks must be a multiple of it
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SOURCE = Path(__file__).with_name("cpu.c")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 _WIDEST = 16  # floats of a vector
 
 
@@ -49,16 +41,9 @@ class Attend(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be compiled, which is said once."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
-    if compiler is None:
-        log.warning("no C compiler: inference on the CPU runs on torch alone, much slower; install gcc")
-        return None
-    try:
-        loaded = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", "") or error
-        log.warning("the CPU kernels did not compile, inference runs on torch alone: %s", detail)
+    """The compiled kernels; None where they cannot be compiled."""
+    loaded = load(_SOURCE, "inference on the CPU")
+    if loaded is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.rt_linear.argtypes = [pointer, pointer, number, *[pointer] * 2, *[number] * 3, *[ctypes.c_int] * 2]
@@ -67,36 +52,6 @@ def library() -> ctypes.CDLL | None:
     loaded.rt_swiglu.argtypes = [pointer, pointer, number, number, ctypes.c_int]
     loaded.rt_attend.argtypes = [ctypes.POINTER(Attend)]
     return loaded
-
-
-def _compiled(compiler: str) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raytron"
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    links = _torch_openmp()
-    key = repr((_SOURCE.read_text(), version, _FLAGS, links, _processor()))
-    file = folder / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may be compiling too
-            made = Path(scratch) / file.name
-            command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE), *links, "-lm"]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-            made.replace(file)
-    return file
-
-
-def _torch_openmp() -> list[str]:
-    """Torch's own OpenMP library, named before the system's: two would each keep threads spinning on the same cores."""
-    root = Path(torch.__file__).parent
-    found = sorted([*root.glob("lib/libgomp*.so*"), *root.parent.glob("torch.libs/libgomp*.so*")])
-    return [str(found[0]), f"-Wl,-rpath,{found[0].parent}"] if found else []
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    facts = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
-    return platform.machine() + platform.processor() + "".join(sorted(set(facts)))
 
 
 def usable(x: Tensor) -> bool:

@@ -1,0 +1,224 @@
+"""The rollout group: answers are those of one engine, whatever engines there are and whichever of them die."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raytron.actors import RolloutError, RolloutGroup, Session
+from raytron.actors.fleet import Health
+from raytron.actors.placement import CapacityError
+from raytron.config import EngineConfig, FailureConfig
+from raytron.inference import NativeEngine, Request, SamplingParams
+from tests.actors import rollouts
+
+EACH = {"CPU": 0.5}
+PROMPTS = [tuple(range(1 + i, 9 + 2 * i)) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return rollouts.save(tmp_path_factory.mktemp("model"))
+
+
+def config(folder: str, **options: Any) -> EngineConfig:
+    return EngineConfig(path=folder, **{**rollouts.CONFIG, **options})
+
+
+def params(seed: int, tokens: int = 12) -> SamplingParams:
+    return SamplingParams(temperature=1.0, seed=seed, max_tokens=tokens, ignore_eos=True)
+
+
+def run(main: Callable[[], Awaitable[Any]]) -> Any:
+    """A test's coroutine, with minutes to end on a busy machine."""
+    return asyncio.run(asyncio.wait_for(main(), 240))
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> dict[tuple[int, int], list[int]]:
+    """Tokens of every prompt and seed by one engine in this process."""
+    engine = NativeEngine(config(folder))
+    tokens: dict[tuple[int, int], list[int]] = {}
+    for number, prompt in enumerate(PROMPTS):
+        for seed in range(4):
+            engine.add(Request(f"{number} {seed}", prompt, params(seed)))
+    while engine.has_unfinished():
+        for output in engine.step():
+            number, seed = map(int, output.request_id.split())
+            tokens.setdefault((number, seed), []).extend(output.token_ids)
+    engine.close()
+    return tokens
+
+
+async def all_of(group: RolloutGroup) -> dict[tuple[int, int], list[int]]:
+    asked = [(number, seed) for number in range(len(PROMPTS)) for seed in range(4)]
+    found = await asyncio.gather(*(group.generate(PROMPTS[n], params(s), group=n) for n, s in asked))
+    for one in found:
+        assert one.finish_reason == "length"
+        assert one.token_ids.dtype == one.versions.dtype == np.int32
+        assert one.logprobs.dtype == np.float32
+        assert len(one.token_ids) == len(one.logprobs) == len(one.versions) == 12
+        assert (one.versions == 0).all()
+    return {key: one.token_ids.tolist() for key, one in zip(asked, found, strict=True)}
+
+
+LAYOUTS = {"one": [{}], "two": [{}, {}], "mixed": [{}, {"tp": 2}, {"pp": 2}]}
+
+
+@pytest.mark.parametrize("engines", LAYOUTS.values(), ids=LAYOUTS)
+def test_answers_are_those_of_one_engine(cluster: Session, folder, expected, engines):
+    async def main() -> None:
+        async with RolloutGroup([config(folder, **options) for options in engines], EACH) as group:
+            assert await all_of(group) == expected
+            stats = await group.stats()
+            assert sum(one.finished for one in stats.values()) == 16
+            assert all(one.finished for one in stats.values())  # every engine had something to do
+            assert sum(group._balancer.outstanding) == 0
+            assert group.max_model_len == 256
+
+    run(main)
+
+
+def test_requests_of_one_turn_travel_in_one_message(cluster: Session, folder):
+    async def main() -> None:
+        async with RolloutGroup([config(folder)], EACH) as group:
+            sent = []
+            actor = group._actors[0]
+
+            class Counted:
+                def __getattr__(self, name: str) -> Any:
+                    if name == "submit":
+                        sent.append(None)
+                    return getattr(actor, name)
+
+            group._actors[0] = Counted()
+            found = await asyncio.gather(*(group.generate(PROMPTS[0], params(seed), group=0) for seed in range(16)))
+            assert len({tuple(one.token_ids.tolist()) for one in found}) > 1
+            assert len(sent) == 1
+            assert max(one.cached_tokens for one in found) >= 0
+            group._actors[0] = actor
+
+    run(main)
+
+
+def test_what_can_never_be_answered_is_that_requests_error(cluster: Session, folder):
+    async def main() -> None:
+        async with RolloutGroup([config(folder)], EACH) as group:
+            good = asyncio.ensure_future(group.generate(PROMPTS[0], params(0)))
+            with pytest.raises(ValueError, match="exceeds the context of 256"):
+                await group.generate(tuple(range(50)) * 6, params(0))
+            with pytest.raises(ValueError, match="ask for each sample by itself"):
+                await group.generate(PROMPTS[0], SamplingParams(n=2))
+            assert len((await good).token_ids) == 12
+            late = asyncio.ensure_future(group.generate(PROMPTS[0], params(0, 200)))
+            await asyncio.sleep(0)
+            late.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await late
+            assert sum(group._balancer.outstanding) == 0
+            last = asyncio.ensure_future(group.generate(PROMPTS[0], params(0, 200)))
+            await asyncio.sleep(0)
+        with pytest.raises(RolloutError, match="was closed"):
+            await last
+        with pytest.raises(RolloutError, match="was closed"):
+            await group.generate(PROMPTS[0], params(0))
+
+    run(main)
+
+
+def test_requests_of_a_killed_engine_are_issued_again_and_the_engine_comes_back(cluster: Session, folder, expected):
+    async def main() -> None:
+        configs = [config(folder), config(folder)]
+        async with RolloutGroup(configs, EACH, failures=FailureConfig(max_failures=2)) as group:
+            answers = asyncio.ensure_future(all_of(group))
+            await asyncio.sleep(0)  # they are on their way
+            os.kill(group._started[0].pid, signal.SIGKILL)
+            assert await answers == expected
+            while group.fleet.failures == 0 or 0 not in group.fleet.ready:
+                await asyncio.sleep(0.05)
+            assert group.fleet.failures == 1
+            assert await all_of(group) == expected
+            assert (await group.stats())[0].finished > 0
+
+    run(main)
+
+
+def test_a_rank_that_dies_takes_its_engine_along(cluster: Session, folder, expected):
+    async def main() -> None:
+        engines, failures = [config(folder, tp=2)], FailureConfig(max_failures=1)
+        async with RolloutGroup(engines, EACH, failures=failures, start=rollouts.telling) as group:
+            await all_of(group)
+            os.kill(int(Path(folder, "second").read_text()), signal.SIGKILL)
+            assert await all_of(group) == expected
+            assert group.fleet.failures == 1
+
+    run(main)
+
+
+def test_when_no_engine_is_left_all_requests_fail(cluster: Session, folder):
+    async def main() -> None:
+        async with RolloutGroup([config(folder)], EACH, failures=FailureConfig()) as group:
+            answer = asyncio.ensure_future(group.generate(PROMPTS[0], params(0, 200)))
+            await asyncio.sleep(0)
+            os.kill(group._started[0].pid, signal.SIGKILL)
+            with pytest.raises(RolloutError, match="no engine is left to answer"):
+                await answer
+            assert group.fleet.of(Health.LOST) == (0,)
+            with pytest.raises(RolloutError, match="no engine is left to answer"):
+                await group.generate(PROMPTS[0], params(0))
+
+    run(main)
+
+
+def test_a_request_that_outlives_too_many_engines_fails(cluster: Session, folder):
+    async def main() -> None:
+        async with RolloutGroup([config(folder)], EACH, failures=FailureConfig(max_failures=-1), attempts=2) as group:
+            answer = asyncio.ensure_future(group.generate(PROMPTS[0], params(0, 200)))
+            for _ in range(2):
+                while not group.fleet.ready:
+                    await asyncio.sleep(0.05)
+                await asyncio.sleep(0)
+                os.kill(group._started[0].pid, signal.SIGKILL)
+                while group.fleet.ready and not answer.done():
+                    await asyncio.sleep(0.05)
+            with pytest.raises(RolloutError, match="its engines failed 2 times"):
+                await answer
+
+    run(main)
+
+
+def test_an_engine_that_does_not_start_says_why_and_leaves_nothing(cluster: Session, tmp_path):
+    folder = rollouts.save(tmp_path / "model")
+    Path(folder, "broken").touch()
+
+    async def main() -> None:
+        group = RolloutGroup([config(folder)] * 2, EACH, start=rollouts.unstartable)
+        with pytest.raises(ValueError, match="it does not want to"):
+            await group.start()
+        with pytest.raises(CapacityError, match="granted 0 of 1 engines their seats"):
+            await RolloutGroup([config(folder)], {"CPU": 1000}, wait_s=0.5).start()
+
+    run(main)
+    with pytest.raises(ValueError, match="at least one engine"):
+        RolloutGroup([])
+
+
+def test_paused_engines_go_on_where_they_were(cluster: Session, folder, expected):
+    async def main() -> None:
+        async with RolloutGroup([config(folder)], EACH) as group:
+            answers = asyncio.ensure_future(all_of(group))
+            await asyncio.sleep(0)
+            await group.pause()
+            before = (await group.stats())[0].generated_tokens
+            assert (await group.stats())[0].generated_tokens == before
+            await group.resume()
+            assert await answers == expected
+
+    run(main)
