@@ -1,4 +1,5 @@
-"""Pretrain a 3M Llama on Python's own library, on four shard actors (TP 2 x PP 2), then serve it and ask it something.
+"""Pretrain a 3M Llama on Python's own library, on four shard actors (TP 2 x PP 2), serve it and ask it something; then
+reinforce a tiny policy until it echoes a digit.
 
 A few minutes on two CPU cores; then longer, or on your own text:
     python recipes/quickstart.py
@@ -11,6 +12,7 @@ from dataclasses import replace
 from raytron.config import (
     CheckpointConfig,
     DataConfig,
+    EngineConfig,
     EvalConfig,
     ModelConfig,
     OptimizerConfig,
@@ -21,6 +23,7 @@ from raytron.config import (
     ScheduleConfig,
     cli,
 )
+from raytron.rl.config import RLConfig, RolloutConfig, TaskConfig
 
 config = PretrainConfig(
     model=ModelConfig(preset="llama-3m"),
@@ -36,9 +39,20 @@ config = PretrainConfig(
     run=RunConfig(name="quickstart", checkpoint_config=CheckpointConfig(interval=90)),
 )
 
+tiny = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 176, "max_position_embeddings": 64, "initializer_range": 0.1}  # fmt: skip
+policy = RLConfig(
+    model=ModelConfig(preset="llama-3m", overrides=tiny),
+    task=TaskConfig(name="echo-digit"),
+    rollout=RolloutConfig(engine=EngineConfig(max_num_seqs=256, max_batched_tokens=4096, kv_cache_mb=64)),
+    steps=40,
+    optimizer=OptimizerConfig(lr=3e-3, min_lr=0.0, weight_decay=0.0),
+    schedule=ScheduleConfig(kind="constant"),
+)
+
 if __name__ == "__main__":
     config = cli(config, description=__doc__)
-    from raytron import pretrain
+    from raytron import pretrain, rl
     from raytron.data import write_stdlib_corpus
     from raytron.serving.app import ask_once
 
@@ -50,4 +64,5 @@ if __name__ == "__main__":
         raise SystemExit("no checkpoint was saved, so there is no model to write with")
     prompt = "class Reader:\n    def read(self, size=-1):\n        "
     text = ask_once(f"{result.checkpoint.path}/model", prompt, max_tokens=100)
-    print(f"\nThe model continues:\n\n{prompt}{text}")
+    print(f"\nThe model continues:\n\n{prompt}{text}\n\nNow a policy that knows nothing learns to echo a digit:\n")
+    rl.run(replace(policy, run=replace(config.run, name=f"{config.run.name}-rl")))

@@ -8,9 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raytron.config import Typed
+from raytron.config import (
+    EngineConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScalingConfig,
+    StepConfig,
+    Typed,
+)
 
-__all__ = ["AlgorithmConfig", "TaskConfig"]
+__all__ = ["AlgorithmConfig", "RLConfig", "RLEvalConfig", "RolloutConfig", "TaskConfig"]
 
 
 @dataclass(frozen=True)
@@ -108,3 +117,107 @@ class TaskConfig(Typed):
     """echo-digit | copy | reverse | countdown | higher-lower | calculator | gsm8k."""
     options: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Fields of the task (`raytron.rl.tasks`): `length 6 digits 4` for copy, `path train.jsonl` for gsm8k."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig(Typed):
+    """Engines that write answers, and how they sample."""
+
+    engines: int = 1
+    """How many, each in a placement group of its own."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """What each is; its path and dtype are the policy's."""
+    cpus: float = 1.0
+    """CPU slots of one rank of an engine."""
+    gpus: float = 0.0
+    """GPUs of one rank of an engine."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """Below 1 the engine's distribution is not the trained one; ratios are then wrong by what was cut off."""
+    top_k: int = 0
+    timeout_s: float = 600.0
+    """For each step of an environment; an episode where one takes longer is left out of the batch."""
+    max_restarts: int = 3
+    """How often a dead engine is started again."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engines < 1:
+            raise ValueError(f"rollout.engines is {self.engines}; it must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"rollout.temperature is {self.temperature}; it must be positive: a policy that always takes the "
+                "likeliest token has nothing to compare (evaluation.temperature may be 0)"
+            )
+
+
+@dataclass(frozen=True)
+class RLEvalConfig(Typed):
+    """Evaluation on prompts of its own, every `interval` steps and at the end."""
+
+    interval: int = 0
+    """0 evaluates at the end only."""
+    prompts: int = 64
+    samples: int = 1
+    """Answers to each prompt; with more, pass@k and best-of-k are reported up to it."""
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True)
+class RLConfig(StepConfig):
+    """A whole RL run: policy, task, algorithm, rollouts, how to train, on what, and where its output goes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    prompts: int = 32
+    """Groups of a step."""
+    group_size: int = 8
+    """Answers to each prompt."""
+    max_staleness: int = 0
+    """Versions an answer's oldest token may be behind: 0 is synchronous, 1 one step off, n asynchronous."""
+    micro_batch_tokens: int = 8192
+    """Tokens one rank works on at a time."""
+    packing: bool = False
+    """Several answers behind each other in a row, instead of padded rows of similar length."""
+    reproducible: bool = False
+    """Trainer and native engines compute with the same bits; the CPU only."""
+    critic: OptimizerConfig | None = None
+    """The critic's optimizer, where the algorithm has one; by default the policy's."""
+    evaluation: RLEvalConfig = field(default_factory=RLEvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(name="rl"))
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    resume: bool = True
+    """Continue from the newest checkpoint under storage_path/name when there is one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prompts", "group_size", "micro_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_staleness < 0:
+            raise ValueError(f"max_staleness is {self.max_staleness}; it must be 0 or more")
+        if self.algorithm.minibatches > self.prompts * self.group_size:
+            raise ValueError(
+                f"algorithm.minibatches {self.algorithm.minibatches} exceeds the step's prompts x group_size answers"
+            )
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of one RL step."""
+        return self.algorithm.minibatches * self.algorithm.epochs
+
+    def dp(self, num_workers: int | None = None) -> int:
+        """Data-parallel size with `num_workers` ranks (by default the largest the run may have)."""
+        workers, unit = (
+            self.scaling.bounds[1] if num_workers is None else num_workers,
+            self.parallel.tp * self.parallel.pp,
+        )
+        if workers % unit:
+            raise ValueError(
+                f"scaling.num_workers {workers} is not divisible by parallel tp x pp = {self.parallel.tp} x "
+                f"{self.parallel.pp}; use a multiple of {unit}"
+            )
+        return workers // unit

@@ -1,0 +1,300 @@
+"""The driver of an RL run: roll out, judge, train, push weights; one loop, whatever the algorithm and the asynchrony.
+
+    engines  --tokens-->  Rollouts + Buffer + Journal  --batch-->  trainer actors  --weights-->  engines
+
+How far rollouts run ahead of the training is a bound (`max_staleness`), not another loop: the buffer admits groups, and
+while the trainer computes, the event loop here goes on serving episodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from raytron.actors import Session, WorkerError, from_ray_train, result
+from raytron.actors.rollout import RolloutGroup
+from raytron.actors.runs import RunFolder, stop_requests
+from raytron.actors.weight_sync import WeightSync
+from raytron.config import FailureConfig, RunConfig, ScalingConfig
+from raytron.inference.types import SamplingParams
+from raytron.metrics import EvalRecord, MetricsWriter, StepRecord
+from raytron.models.registry import resolve
+from raytron.parallel.mesh import Mesh
+from raytron.rl.algorithms import make
+from raytron.rl.buffer import Buffer, Journal
+from raytron.rl.config import RLConfig
+from raytron.rl.environments import Prompt, Task
+from raytron.rl.episodes import run_group
+from raytron.rl.report import Phases, reward_curve_png, step_record, summary
+from raytron.rl.rollouts import Rollouts
+from raytron.rl.statistics import success_statistics
+from raytron.rl.tasks import build
+from raytron.rl.trainers import Trainers
+from raytron.rl.types import Batch, Group
+
+if TYPE_CHECKING:
+    import ray.train
+
+__all__ = ["run"]
+
+USER_ERRORS = ("ValueError", "DamagedFile", "CoverageError", "TrainingStopped")  # starting again would not mend them
+
+
+def run(
+    config: RLConfig,
+    *,
+    task: Task | None = None,
+    run_config: RunConfig | ray.train.RunConfig | None = None,
+    scaling_config: ScalingConfig | ray.train.ScalingConfig | None = None,
+) -> ray.train.Result:
+    """Train a policy by reinforcement as `config` says, on Ray actors, and return Ray Train's result.
+
+    Args:
+        config: the whole run.
+        task: an own task (see `raytron.rl.environments.Task`) instead of the built-in one that `config.task` names.
+        run_config, scaling_config: Ray Train's own objects (or raytron's), instead of `config.run`, `config.scaling`.
+
+    Returns:
+        `metrics` of the last step and the last evaluation, the newest `checkpoint` (its `model` folder is a Hugging
+        Face directory), and the run's `path`. A run stopped by Ctrl-C or SIGTERM returns too, after saving.
+
+    Raises:
+        ValueError: a configuration, task or checkpoint that cannot work, before actors start where possible.
+        CapacityError: the cluster cannot hold the run.
+        WorkerError: trainer actors failed more often than `failure_config.max_failures`.
+    """
+    if run_config is not None:
+        config = replace(config, run=from_ray_train(run_config))
+    if scaling_config is not None:
+        config = replace(config, scaling=from_ray_train(scaling_config))
+    return _Run(config, task or build(config.task, config.seed)).drive()
+
+
+class _Run:
+    """One run, from its checks to its summary."""
+
+    def __init__(self, config: RLConfig, task: Task) -> None:
+        longest = config.algorithm.constant_length or task.max_tokens
+        config = replace(config, algorithm=replace(config.algorithm, constant_length=longest))
+        self.config, self.task, self.console = config, task, Console()
+        self.arch = _architecture(config, task)
+        self.algorithm = make(config.algorithm)
+        self.mesh = Mesh(dp=config.dp(), pp=config.parallel.pp, tp=config.parallel.tp)
+        self.folder = RunFolder(config.run)
+        self.folder.refuse_overwriting(config.resume)
+        self.first: StepRecord | None = None
+        self.last: StepRecord | None = None
+        self.evaluated: EvalRecord | None = None
+        self.saved = 0
+
+    def drive(self) -> ray.train.Result:
+        start = time.perf_counter()
+        self.folder.describe(self.config)
+        self.tokenizer = self.folder.path / "tokenizer"
+        self.task.save_tokenizer(self.tokenizer)
+        rollout, trainers = self.config.rollout, self.mesh.size * (1 + self.algorithm.needs_critic)
+        engine_ranks = rollout.engines * rollout.engine.tp * rollout.engine.pp
+        with Session(trainers + math.ceil(engine_ranks * rollout.cpus)) as session, stop_requests() as stop:
+            checkpoint = self._attempts(session, stop)
+        return self._finish(checkpoint, time.perf_counter() - start)
+
+    def _attempts(self, session: Session, stop: threading.Event) -> str | None:
+        """Run until done or stopped, from the newest checkpoint after every failure that is still allowed."""
+        failures = 0
+        while True:
+            try:
+                return asyncio.run(self._attempt(session, stop, resume=self.config.resume or failures > 0))
+            except WorkerError as error:
+                if error.failure.kind in USER_ERRORS:
+                    raise ValueError(error.failure.message) from error
+                failures += 1
+                allowed = self.config.run.failure_config.max_failures
+                if 0 <= allowed < failures or stop.is_set():
+                    raise
+                self._say(f"{error}\nfailure {failures} of {allowed}: starting the actors again")
+
+    async def _attempt(self, session: Session, stop: threading.Event, resume: bool) -> str | None:
+        config, checkpoints = self.config, self.folder.checkpoints
+        args = (config, self.arch, self.mesh, self.algorithm, checkpoints, self.tokenizer, self._say, session.wait_s)
+        with Trainers(*args) as trainers:
+            version = trainers.load() if resume else 0
+            self.saved = version
+            if version:
+                self._say(f"continuing from step {version} of {checkpoints}", style="")
+            journal = Journal(self.folder.path / "rollouts.jsonl")
+            buffer = Buffer(
+                config.prompts,
+                config.steps,
+                config.max_staleness,
+                self.algorithm.keep,
+                least=min(2, config.group_size),
+                version=version,
+            )
+            for group in journal.recover():
+                buffer.put(group)
+            buffer.forget_trained()
+            async with self._engines(session.wait_s) as engines:
+                sync = WeightSync(engines, trainers.policy, str(self.folder.path))
+                rollouts = Rollouts(buffer, journal, partial(self._roll, engines))
+                try:
+                    await sync.push(version)
+                    with MetricsWriter(self.folder.sinks(config, self.console, version)) as writer:
+                        await self._loop(trainers, rollouts, engines, sync, writer, stop)
+                finally:
+                    await rollouts.cancel()
+                    journal.close()
+                    await sync.close()
+            return trainers.latest()
+
+    async def _loop(
+        self,
+        trainers: Trainers,
+        rollouts: Rollouts,
+        engines: RolloutGroup,
+        sync: WeightSync,
+        writer: MetricsWriter,
+        stop: threading.Event,
+    ) -> None:
+        config, buffer = self.config, rollouts.buffer
+        while buffer.version < config.steps and not stop.is_set():
+            phases = Phases()
+            with phases("rollout"):
+                groups = await rollouts.next_batch(stop.is_set)
+            if groups is None:
+                break
+            more = {"rejected": buffer.rejected, "ahead": len(buffer.started)}
+            with phases("score"):
+                batch = await trainers.scored(Batch.of(groups))
+            batch = self.algorithm.prepare(batch)
+            rollouts.journal.step(buffer.version + 1, tuple(group.index for group in groups))
+            with phases("train"):
+                metrics = await trainers.train(batch)
+            buffer.trained()
+            with phases("sync"):
+                report = await sync.push(buffer.version)
+            rollouts.launch()
+            more["sync_bytes"] = report.nbytes
+            self._note(writer, step_record(buffer.version, groups, batch, metrics, phases, more))
+            await self._milestone(trainers, engines, writer, buffer.version)
+        if not stop.is_set() and (self.evaluated is None or self.evaluated.step < buffer.version):
+            await self._evaluate(engines, writer, buffer.version)
+        if self.saved != buffer.version:
+            await trainers.save(wait=True)
+
+    def _engines(self, wait_s: float) -> RolloutGroup:
+        """The engines, not yet started. Weights come by the first push, all else from a directory without any."""
+        rollout, path = self.config.rollout, self.folder.path / "engine"
+        path.mkdir(parents=True, exist_ok=True)
+        self.folder.write_json("engine/config.json", self.arch.to_hf())
+        self.task.save_tokenizer(path)
+        engine = replace(
+            rollout.engine,
+            path=str(path),
+            weights="await",
+            dtype="bf16" if self.config.precision == "bf16" else "fp32",
+            reproducible=self.config.reproducible or rollout.engine.reproducible,
+            logprobs="processed",
+        )
+        each = {"CPU": rollout.cpus, "GPU": rollout.gpus}
+        failures = FailureConfig(max_failures=rollout.max_restarts)
+        return RolloutGroup([engine] * rollout.engines, each, failures=failures, wait_s=wait_s)
+
+    async def _roll(self, engines: RolloutGroup, index: int) -> Group:
+        return await self._group(engines, self.task.prompt(index), self.config.group_size, self.config.seed)
+
+    async def _group(
+        self, engines: RolloutGroup, prompt: Prompt, samples: int, seed: int, temperature: float | None = None
+    ) -> Group:
+        rollout = self.config.rollout
+        return await run_group(
+            partial(engines.generate, group=prompt.index),
+            self.task,
+            prompt,
+            SamplingParams(
+                temperature=rollout.temperature if temperature is None else temperature,
+                top_p=rollout.top_p,
+                top_k=rollout.top_k,
+            ),
+            samples=samples,
+            seed=seed,
+            budget=self.arch.max_position_embeddings,
+            timeout_s=rollout.timeout_s,
+        )
+
+    async def _milestone(self, trainers: Trainers, engines: RolloutGroup, writer: MetricsWriter, version: int) -> None:
+        """An evaluation and a save where they are due."""
+        evaluate_every, save_every = self.config.evaluation.interval, self.config.run.checkpoint_config.interval
+        if evaluate_every and version % evaluate_every == 0:
+            await self._evaluate(engines, writer, version)
+        if save_every and version % save_every == 0:
+            await trainers.save()
+            self.saved = version
+
+    async def _evaluate(self, engines: RolloutGroup, writer: MetricsWriter, version: int) -> None:
+        """The task's evaluation prompts, with seeds of their own."""
+        options = self.config.evaluation
+        prompts = self.task.evaluation()[: options.prompts]
+        seed = self.config.seed + 1
+        groups = await asyncio.gather(
+            *(self._group(engines, prompt, options.samples, seed, options.temperature) for prompt in prompts)
+        )
+        judged = [group for group in groups if group.valid]
+        if not judged:
+            self._say(f"no answer of the evaluation could be judged: {_reason(groups)}")
+            return
+        rewards = np.concatenate([group.rewards for group in judged])
+        found = {"reward": float(rewards.mean()), **success_statistics(judged)}
+        tokens = sum(trajectory.length for group in judged for trajectory in group.valid)
+        self.evaluated = EvalRecord(version, math.nan, math.nan, tokens, found)
+        writer.write(self.evaluated)
+
+    def _note(self, writer: MetricsWriter, record: StepRecord) -> None:
+        self.first, self.last = self.first or record, record
+        writer.write(record)
+        self._say(record.notice)
+
+    def _say(self, what: str | None, style: str = "yellow") -> None:
+        if what:
+            self.console.print(what, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def _finish(self, checkpoint: str | None, wall_s: float) -> ray.train.Result:
+        folder, metrics = self.folder.path, {}
+        if self.last is not None:
+            picture, file = folder / "reward.png", folder / "metrics.jsonl"
+            reward_curve_png(file, picture, title=self.config.run.name)
+            files = {"model": f"{checkpoint}/model"} if checkpoint else {}
+            files |= {"reward curve": picture, "metrics": file, "run": folder}
+            args = (self.config.run.name, self.first, self.last, self.evaluated, wall_s, files)
+            self.console.print(summary(*args))
+            metrics = {k: v for k, v in vars(self.last).items() if not isinstance(v, dict | tuple)} | self.last.extra
+        if self.evaluated is not None:
+            metrics |= {f"eval/{name}": value for name, value in self.evaluated.extra.items()}
+        self.folder.upload()
+        return result(metrics, checkpoint, str(self.folder.storage))
+
+
+def _architecture(config: RLConfig, task: Task) -> Any:
+    """The model's; a new one takes the task's vocabulary. ValueError where a given one cannot hold it."""
+    arch = resolve(config.model)
+    if config.model.path is None:
+        return arch.replace(vocab_size=task.vocab_size, eos_token_id=task.eos_token_ids or None, bos_token_id=None)
+    if arch.vocab_size < task.vocab_size:
+        raise ValueError(
+            f"the task has token ids up to {task.vocab_size - 1} and the vocabulary of {config.model.path} ends at "
+            f"{arch.vocab_size - 1}; give the task the model's own tokenizer"
+        )
+    return arch
+
+
+def _reason(groups: Sequence[Group]) -> str:
+    errors = [str(t.info["error"]) for group in groups for t in group.trajectories if "error" in t.info]
+    return errors[0] if errors else "no token was chosen"

@@ -1,0 +1,231 @@
+"""Policy and critic as a rank of their trainers sees them: batches in, weights out. Hosted by an actor or torchrun."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from raytron.checkpoint import CheckpointManager, Saved
+from raytron.checkpoint.publisher import Outgoing, Published, Publisher
+from raytron.data.loader import MicroBatch
+from raytron.models.base import ShardedModel
+from raytron.models.loading import build, load_weights
+from raytron.parallel.collectives import Axis, World
+from raytron.rl.algorithms import make
+from raytron.rl.config import RLConfig
+from raytron.rl.objective import PolicyObjective, ValueObjective, token_logprobs
+from raytron.rl.packing import distribute, micro_batches
+from raytron.rl.types import Batch
+from raytron.training.engine import DTYPES, Judge, TrainEngine
+from raytron.training.losses import Objective
+
+__all__ = ["CriticTask", "PolicyTask", "Scores"]
+
+Scores = tuple[np.ndarray, np.ndarray]  # tokens of the batch, and a number for each
+
+
+class _Task:
+    """One rank of a model that is trained on batches.
+
+    Every method is collective over the world, and every rank is given the same batch; which part of it is whose follows
+    from its lengths. Results come from the ranks that know them, others return None.
+
+    Attributes:
+        model, engine: this rank's.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        config: RLConfig,
+        model: ShardedModel,
+        objective: Objective,
+        checkpoints: str,
+        tokenizer: str | None,
+    ) -> None:
+        self.world, self.config, self.model, self._tokenizer = world, config, model, tokenizer
+        if config.reproducible:
+            model.use_kernels(reproducible=True)
+        self.engine = TrainEngine(model, replace(config, steps=config.steps * config.updates), objective)
+        policy = config.run.checkpoint_config
+        self.checkpoints = CheckpointManager(
+            checkpoints, keep=policy.num_to_keep, asynchronous=policy.asynchronous, shard_mb=policy.shard_mb
+        )
+        self._saving: Future[Saved] | None = None
+
+    @property
+    def version(self) -> int:
+        """RL steps trained: what the weights are called."""
+        return self.engine.counters.step // self.config.updates
+
+    def load(self) -> tuple[int, list[str]]:
+        """Continue from the newest good checkpoint, at whatever layout it was saved.
+
+        Returns its version, 0 where there is none, and what was wrong with newer ones that were passed over.
+        """
+        record = self.checkpoints.load(self.engine)
+        if record is not None:
+            self.engine.record = record
+        return self.version, list(self.checkpoints.passed_over.values())
+
+    def _score(self, batch: Batch, judge: Judge) -> Scores | None:
+        """`judge`'s number for every token of this rank's trajectories, from the first tp rank of the last stage."""
+        micro = self._micro_batches(batch)
+        found = self.engine.score(micro, judge)
+        if not found or self.world.coords.tp:
+            return None
+        index = torch.cat([m.fields_BS["index"].reshape(-1) for m in micro]).numpy()
+        values = torch.cat(found).float().cpu().numpy()
+        return index[index >= 0], values[index >= 0]
+
+    def _train(self, parts: Sequence[Batch]) -> dict[str, float] | None:
+        """An optimizer step on each of `parts`; metrics are their means."""
+        start = time.perf_counter()
+        results = [self.engine.step(self._micro_batches(part), samples=len(part)) for part in parts]
+        if self.world.rank:
+            return None
+        mean = {name: float(np.mean([r.sums[name] / r.tokens for r in results])) for name in results[0].sums}
+        return mean | {
+            "loss": float(np.mean([r.loss for r in results])),
+            "grad_norm": float(np.mean([r.grad_norm for r in results])),
+            "learning_rate": results[-1].learning_rate,
+            "skipped": float(sum(r.skipped is not None for r in results)),
+            "consumed_samples": self.engine.counters.consumed_samples,
+            "consumed_tokens": self.engine.counters.consumed_tokens,
+            "train_s": time.perf_counter() - start,
+        }
+
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """This rank's share."""
+        dp, parallel = self.world.axis("dp"), self.config.parallel
+        return micro_batches(
+            batch,
+            distribute(batch.lengths, dp.size)[dp.index],
+            self.config.micro_batch_tokens,
+            packed=self.config.packing,
+            multiple_of=parallel.tp if parallel.sequence_parallel else 1,
+            count_of=parallel.pp if parallel.virtual_stages > 1 else 1,
+        )
+
+    def save(self, wait: bool = False) -> str | None:
+        """Save the committed step, in the background unless `wait`; on rank 0 what failed of the saves that ended."""
+        future = self.checkpoints.save(self.engine, tokenizer=self._tokenizer)
+        failed, self._saving = self._failed_save(), future if self.world.rank == 0 else None
+        if wait:
+            future.result()
+            failed = "; ".join(filter(None, (failed, self._failed_save())))
+        return failed or None
+
+    def _failed_save(self) -> str | None:
+        if self._saving is None or not self._saving.done():
+            return None
+        saved, self._saving = self._saving.result(), None
+        return None if saved.ok else f"checkpoint {saved.name} was not saved: {saved.error}"
+
+    def latest(self) -> str | None:
+        """Where the newest checkpoint is, once every save has ended."""
+        self.checkpoints.wait()
+        return self.checkpoints.latest()
+
+    def close(self) -> None:
+        """Finish saving."""
+        self.checkpoints.close()
+
+
+class PolicyTask(_Task):
+    """One rank of the policy's trainer.
+
+    Args:
+        world: this rank's seat; its mesh is what `config.parallel` asks for.
+        config: the run's configuration.
+        arch: the model's architecture.
+        checkpoints: folder or URI of the run's checkpoints.
+        tokenizer: directory whose tokenizer every saved model gets.
+
+    Attributes:
+        reference: the weights that KL is measured to, if the algorithm wants one: those the run began with.
+    """
+
+    def __init__(
+        self, world: World, config: RLConfig, arch: Any, checkpoints: str, tokenizer: str | None = None
+    ) -> None:
+        self.algorithm = make(config.algorithm)
+        model = build(arch, world, parallel=config.parallel, dtype=DTYPES[config.precision])
+        if config.model.path is None:
+            model.initialize(config.seed)
+        else:
+            load_weights(model, config.model.path)
+        self.reference = model.weights.detach().clone() if self.algorithm.needs_reference else None
+        self._publisher = Publisher(model)
+        objective = PolicyObjective(self.algorithm, config.rollout.temperature)
+        super().__init__(world, config, model, objective, checkpoints, tokenizer)
+
+    def score(self, batch: Batch, reference: bool = False) -> Scores | None:
+        """Log-probabilities of the batch's tokens by the current weights, or by the reference's, at the sampling
+        temperature."""
+        with self._weights(self.reference if reference else None):
+            return self._score(batch, self._logprobs)
+
+    def _logprobs(self, logits_TVt: torch.Tensor, batch: MicroBatch, start: int, tp: Axis) -> torch.Tensor:
+        return token_logprobs(logits_TVt, batch, start, tp, self.config.rollout.temperature)
+
+    @contextmanager
+    def _weights(self, other: torch.Tensor | None) -> Iterator[None]:
+        """The model with other weights. They are swapped in: a second model would need a second of everything."""
+        if other is None:
+            yield
+            return
+        self.engine.settle()
+        mine = self.model.weights.detach().clone()
+        self.model.weights.copy_(other)
+        try:
+            yield
+        finally:
+            self.model.weights.copy_(mine)
+
+    def connect_publisher(self, directories: Mapping[str, str], nodes: Sequence[str], dtype: str) -> Outgoing:
+        """See `Publisher.connect`."""
+        return self._publisher.connect(directories, nodes, dtype)
+
+    def publish(self, turn: int, delta: bool = False) -> Published:
+        """See `Publisher.publish`."""
+        return self._publisher.publish(turn, delta)
+
+    def outgoing(self, node: str, message: int, delta: bool = False) -> np.ndarray:
+        """See `Publisher.outgoing`."""
+        return self._publisher.outgoing(node, message, delta)
+
+    def train(self, batch: Batch) -> dict[str, float] | None:
+        """One RL step on a prepared batch: `config.updates` optimizer steps. Metrics from rank 0."""
+        return self._train(self.algorithm.updates(batch))
+
+
+class CriticTask(_Task):
+    """One rank of the critic's trainer: the policy's layers at the start, with a score head that knows nothing yet.
+
+    Arguments as `PolicyTask`'s.
+    """
+
+    def __init__(self, world: World, config: RLConfig, arch: Any, checkpoints: str) -> None:
+        self.algorithm = make(config.algorithm)
+        config = replace(config, optimizer=config.critic or config.optimizer)
+        arch = arch.replace(num_labels=1)
+        model = build(arch, world, parallel=config.parallel, dtype=DTYPES[config.precision]).initialize(config.seed)
+        if config.model.path is not None:
+            load_weights(model, config.model.path, leave=["score.weight"])
+        super().__init__(world, config, model, ValueObjective(self.algorithm), checkpoints, None)
+
+    def score(self, batch: Batch) -> Scores | None:
+        """The critic's estimates before each of the batch's tokens was chosen."""
+        return self._score(batch, lambda scores_T1, *_: scores_T1[:, 0])
+
+    def train(self, batch: Batch) -> dict[str, float] | None:
+        """As many optimizer steps as the policy makes, on the same parts. Metrics from rank 0."""
+        return self._train(self.algorithm.updates(batch))

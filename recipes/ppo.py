@@ -1,0 +1,32 @@
+"""Reinforce a policy with PPO and a critic: a tiny one learns to copy four digits, in a few minutes on a laptop.
+
+python recipes/ppo.py
+python recipes/ppo.py --task.name reverse --algorithm.lam 0.95 --run.name reverse
+"""
+
+from raytron.config import EngineConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, cli
+from raytron.rl.config import AlgorithmConfig, RLConfig, RLEvalConfig, RolloutConfig, TaskConfig
+
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 176, "max_position_embeddings": 64, "initializer_range": 0.1}  # fmt: skip
+
+config = RLConfig(
+    model=ModelConfig(preset="llama-3m", overrides=TINY),
+    task=TaskConfig(name="copy"),
+    algorithm=AlgorithmConfig(name="ppo", clip_high=0.28),
+    rollout=RolloutConfig(engine=EngineConfig(max_num_seqs=512, max_batched_tokens=4096, kv_cache_mb=64)),
+    prompts=32,
+    group_size=16,
+    steps=150,
+    optimizer=OptimizerConfig(lr=2e-3, min_lr=0.0, weight_decay=0.0),
+    critic=OptimizerConfig(lr=3e-3, min_lr=0.0, weight_decay=0.0),
+    schedule=ScheduleConfig(kind="constant"),
+    evaluation=RLEvalConfig(interval=50),
+    run=RunConfig(name="ppo"),
+)
+
+if __name__ == "__main__":
+    config = cli(config, description=__doc__)
+    from raytron import rl
+
+    rl.run(config)

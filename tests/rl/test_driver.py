@@ -1,0 +1,62 @@
+"""Whole runs: they learn, they go on where they were cut, and every token was chosen by the weights it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raytron import rl
+from raytron.actors import Session
+from raytron.config import CheckpointConfig, RunConfig
+from raytron.rl.buffer import Journal
+from raytron.rl.config import RLConfig
+from recipes.grpo import config as recipe
+
+
+def config(tmp_path: Path, name: str, steps: int, interval: int = 0, **more) -> RLConfig:
+    run = RunConfig(name=name, storage_path=str(tmp_path), checkpoint_config=CheckpointConfig(interval=interval))
+    return replace(recipe, run=run, steps=steps, logging=replace(recipe.logging, tensorboard=False), **more)
+
+
+def steps(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
+
+
+def same_numbers(record: dict) -> dict:
+    """What does not depend on the clock."""
+    timed = ("step_time_s", "tokens_per_s", "phases_s")
+    return {k: v for k, v in record.items() if k not in timed}
+
+
+def test_a_run_learns_resumes_bit_for_bit_and_keeps_its_books(cluster: Session, tmp_path: Path):
+    whole = rl.run(config(tmp_path, "whole", 40, reproducible=True))
+    assert whole.metrics["eval/reward"] > 0.9
+    records = steps(tmp_path / "whole")
+    assert [r["extra"]["policy/bit_equal"] for r in records] == [1.0] * 40
+    assert {r["extra"]["rollout/staleness_max"] for r in records} == {0.0}
+    rl.run(config(tmp_path, "cut", 15, 15, reproducible=True))
+    rl.run(config(tmp_path, "cut", 40, 15, reproducible=True))
+    assert [same_numbers(r) for r in steps(tmp_path / "cut")] == [same_numbers(r) for r in records]
+    journal = Journal(tmp_path / "cut" / "rollouts.jsonl")
+    groups = {group.index: group for group in journal.recover()}
+    trained = [index for step in sorted(journal._steps) for index in journal._steps[step]]
+    assert trained == sorted(groups) == list(range(40 * recipe.prompts))
+    versions = {
+        group.index: {int(v) for t in group.trajectories for v in t.versions[t.chosen]} for group in groups.values()
+    }
+    assert all(found == {index // recipe.prompts} for index, found in versions.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_an_asynchronous_run_learns_and_keeps_to_its_bound(cluster: Session, tmp_path: Path, staleness: int):
+    result = rl.run(config(tmp_path, "late", 100, max_staleness=staleness))
+    assert result.metrics["eval/reward"] > 0.95
+    seen = [r["extra"]["rollout/staleness_max"] for r in steps(tmp_path / "late")]
+    assert max(seen) <= staleness
+    assert np.mean(seen[5:]) > 0
