@@ -125,8 +125,17 @@ class Buffer:
         self.forget_trained()
 
     def forget_trained(self) -> None:
-        """Let go of the groups that batches before `version` took (after a journal was `put`)."""
-        for index in self._kept[: self.version * self.size]:
+        """Let go of the groups that batches before `version` took (after a journal was `put`).
+
+        Raises ValueError if some of them are not known: what comes next would not be what the run left off at.
+        """
+        taken = self._kept[: self.version * self.size]
+        if len(taken) < self.version * self.size:
+            raise ValueError(
+                f"the run's checkpoint is of step {self.version}, but its rollouts.jsonl holds {len(taken)} of the "
+                f"{self.version * self.size} groups it was trained on; put the file back, or choose another run.name"
+            )
+        for index in taken:
             self._groups.pop(index, None)
 
 

@@ -113,6 +113,14 @@ def test_after_a_crash_recorded_groups_are_not_rolled_out_again(version, recorde
     assert trained == list(range(10))
 
 
+def test_a_journal_that_lacks_what_was_trained_on_is_refused():
+    buffer = Buffer(2, 5, version=2)
+    for index in range(3):
+        buffer.put(group(index))
+    with pytest.raises(ValueError, match="3 of the 4 groups"):
+        buffer.forget_trained()
+
+
 LINES = st.builds(
     lambda rewards, length, info: Group(
         7, tuple(replace(trajectory(r, 3, length), info=info, truncated=length > 2) for r in rewards)
