@@ -176,10 +176,11 @@ def test_the_calculator_pays_for_calls_and_answers():
 
     assert worth(call, value).reward == 1.0
     assert worth(value).reward == 0.5  # in the head
+    assert worth((value[0], 1)).reward == 0.0  # a guess that begins well
     assert worth(call, (1,)).reward == 0.5 + prefix_share((1,), value) / 2
-    assert worth((*call[:2], 1)).reward == 0.5 * 2 / len(call)
+    assert worth((*call[:2], 1)).reward == worth((1, 1, *call[2:]), (1,)).reward == 0.5 * 2 / len(call)
     assert worth(value, task=Calculator(dense=False)).reward == 1.0
-    wrong = worth(task.vocabulary.ids("+", "<call>"), call, value)
+    wrong = worth(task.vocabulary.ids("+", "="), call, value)
     assert task.decode(wrong.tokens[len(prompt.token_ids) :]).split()[2] == "?"
     endless = worth(call, call, call)
     assert (endless.reward, endless.info["turns"]) == (0.5, 3)

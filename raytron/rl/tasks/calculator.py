@@ -1,16 +1,19 @@
 """Arithmetic with a calculator: write the sum as a call, read the result, write it as the answer.
 
-    <bos> 7 * 8 =   7 * 8 <call>   5 6   5 6 <eos>     (the call and the answer are the model's, the result the tool's)
+    <bos> 7 * 8 =     7 * 8 =   5 6   5 6 <eos>     (the call and the answer are the model's, the result the tool's)
 
-A call that is no arithmetic gives ?. Half of the dense reward is for the first call, half for the answer, each the
-share of the wanted tokens it begins with; one answer alone earns the better of the two, so that a call pays before it
-is whole. Without it an answer is worth 1 or 0, whether a tool was called or not.
+What ends in = is a call; one that is no arithmetic gives ?. Half of the dense reward is for the first answer: the share
+of the wanted call's tokens that stand in their places (not only those before the first wrong one, or = would be found
+last). Half is for the last answer: the share of the result that it begins with, but all or nothing unless it was asked
+for, since a model that is paid for the first digit of a guess is slow to ask. Without the dense reward an answer is
+worth 1 or 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import eq
 
 from raytron.rl.environments import Generated, MultiTurn, Prompt, StepResult
 from raytron.rl.rewards.exact import prefix_share
@@ -47,12 +50,12 @@ class Calculator(WordTask):
     @property
     def words(self) -> tuple[str, ...]:
         """Marks, operators, digits."""
-        return ("=", "<call>", "?", "+", "-", "*", *"0123456789")
+        return ("=", "?", "+", "-", "*", *"0123456789")
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """A call ends an answer."""
-        return self.vocabulary.ids("<call>")
+        return self.vocabulary.ids("=")
 
     @property
     def max_tokens(self) -> int:
@@ -66,7 +69,7 @@ class Calculator(WordTask):
         for _ in range(self.terms - 1):
             words += [random.choice(self.operators), *str(random.randint(0, self.largest))]
         ids = self.vocabulary.ids("<bos>", *words, "=")
-        wanted = (self.vocabulary.ids(*words, "<call>"), (*self.result(words), *self.eos_token_ids))
+        wanted = (self.vocabulary.ids(*words, "="), (*self.result(words), *self.eos_token_ids))
         return Prompt(index, ids, wanted, self.decode(ids))
 
     def result(self, words: Sequence[str]) -> tuple[int, ...]:
@@ -80,15 +83,21 @@ class Calculator(WordTask):
         """A call's result, or what an answer is worth."""
         call, value = prompt.answer
         last = answers[-1].token_ids
-        called = prefix_share(last, call) / 2 if self.dense and len(answers) == 1 else 0.0
+        called = _in_place(last, call) if self.dense and len(answers) == 1 else 0.0
         if last[-1:] == call[-1:]:
-            return StepResult(self.result(self.vocabulary.texts(last[:-1])), called, done=False)
-        right = prefix_share(last, value) / 2 if self.dense else float(last == value)
-        return StepResult(reward=max(called, right))
+            return StepResult(self.result(self.vocabulary.texts(last[:-1])), called / 2, done=False)
+        asked = any(answer.token_ids == call for answer in answers[:-1])
+        right = prefix_share(last, value) if self.dense and asked else float(last == value)
+        return StepResult(reward=max(called, right) / 2 if self.dense else right)
 
     def environment(self) -> MultiTurn:
         """For one episode."""
         return MultiTurn(self.reply, self.turns)
+
+
+def _in_place(tokens: Sequence[int], wanted: Sequence[int]) -> float:
+    """The share of `wanted` that stands where it should."""
+    return sum(map(eq, tokens, wanted)) / len(wanted)
 
 
 def _numbers(words: Sequence[str]) -> list[str]:

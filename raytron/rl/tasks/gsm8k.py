@@ -184,7 +184,9 @@ def _read(path: str) -> list[Mapping[str, str]]:
                 example = json.loads(line)
                 example["question"], example["answer"].rpartition
             except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}:{number} is no JSON object with `question` and `answer`") from error
+                raise ValueError(
+                    f"{path}:{number} is no JSON object with `question` and `answer`; mend or remove it"
+                ) from error
             examples.append(example)
     require(bool(examples), f"{path} is empty; it should have a question and an answer in each line")
     return examples
