@@ -178,7 +178,8 @@ def test_the_calculator_pays_for_calls_and_answers():
     assert worth(value).reward == 0.5  # in the head
     assert worth((value[0], 1)).reward == 0.0  # a guess that begins well
     assert worth(call, (1,)).reward == 0.5 + prefix_share((1,), value) / 2
-    assert worth((*call[:2], 1)).reward == worth((1, 1, *call[2:]), (1,)).reward == 0.5 * 2 / len(call)
+    elsewhere = (*task.vocabulary.ids("?", "?"), *call[2:])
+    assert worth((*call[:2], 1)).reward == worth(elsewhere, (1,)).reward == 0.5 * 2 / len(call)
     assert worth(value, task=Calculator(dense=False)).reward == 1.0
     wrong = worth(task.vocabulary.ids("+", "="), call, value)
     assert task.decode(wrong.tokens[len(prompt.token_ids) :]).split()[2] == "?"
