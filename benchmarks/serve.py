@@ -12,7 +12,7 @@ first all at once (requests a second at saturation), then as a Poisson stream at
 
 http above direct is what HTTP costs, raytron above http what Ray does.
 
-    python benchmarks/serve.py [--quick] [--models 1M,25M] [--dtype bf16]
+    python benchmarks/serve.py [--quick] [--models 1M,25M] [--dtype bf16]     (quick: 1M alone)
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from _common import ROOT, emit, interleave, parse, write_results
 BENCHMARK = "serve"
 KV_MB, STEP_TOKENS, MOST, CONTEXT = 256, 1024, 32, 512  # the same budget for all
 START_S = 300.0
+REQUESTS = {"1M": 96, "25M": 48}  # of a round; those of the larger model take seconds each
 SIZES: dict[str, dict[str, int]] = {
     "toy": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     | {"num_attention_heads": 1, "num_key_value_heads": 1},
@@ -285,7 +286,7 @@ def measure(name: str, dtype: str, path: str, arguments: Any) -> Iterator[dict[s
     from raytron.serving.bench import Load
 
     toy = name == "toy"
-    rounds, requests = (1, 4) if toy else (3, 48) if arguments.quick else (7, 96)
+    rounds, requests = (1, 4) if toy else (2, 24) if arguments.quick else (3, REQUESTS[name])
     load = Load(requests=requests, input_tokens=60, output_tokens=8 if toy else 48, options={"temperature": 0.0})
     with ExitStack() as stack:
         servers: dict[str, Any] = {"raytron": Server(ours, path, dtype)}
@@ -346,7 +347,8 @@ def main() -> None:
         serve_http(path, dtype, int(port)) if kind == "http" else serve_direct(path, dtype)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end too
-    arguments = parse(__doc__.splitlines()[0], models="1M,25M", dtype="bf16")
+    arguments = parse(__doc__.splitlines()[0], models="", dtype="bf16")
+    arguments.models = arguments.models or ("1M" if arguments.quick else "1M,25M")
     rows = []
     with tempfile.TemporaryDirectory(prefix="raytron-serve-") as folder:
         for name in arguments.models.split(","):
