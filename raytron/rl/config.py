@@ -187,6 +187,8 @@ class RLConfig(StepConfig):
     """The critic's optimizer, where the algorithm has one; by default the policy's."""
     evaluation: RLEvalConfig = field(default_factory=RLEvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    transcripts: int = 20
+    """Steps between samples of answers in transcripts.html; 0 writes none."""
     run: RunConfig = field(default_factory=lambda: RunConfig(name="rl"))
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     resume: bool = True

@@ -39,6 +39,7 @@ from raytron.rl.rollouts import Rollouts
 from raytron.rl.statistics import success_statistics
 from raytron.rl.tasks import build
 from raytron.rl.trainers import Trainers
+from raytron.rl.transcripts import add_transcripts
 from raytron.rl.types import Batch, Group
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ class _Run:
                 report = await sync.push(buffer.version)
             rollouts.launch()
             more["sync_bytes"] = report.nbytes
-            self._note(writer, step_record(buffer.version, groups, batch, metrics, phases, more))
+            self._note(writer, step_record(buffer.version, groups, batch, metrics, phases, more), groups)
             await self._milestone(trainers, engines, writer, buffer.version)
         if not stop.is_set() and (self.evaluated is None or self.evaluated.step < buffer.version):
             await self._evaluate(engines, writer, buffer.version)
@@ -257,10 +258,14 @@ class _Run:
         self.evaluated = EvalRecord(version, math.nan, math.nan, tokens, found)
         writer.write(self.evaluated)
 
-    def _note(self, writer: MetricsWriter, record: StepRecord) -> None:
+    def _note(self, writer: MetricsWriter, record: StepRecord, groups: Sequence[Group]) -> None:
+        """Write a step's record, and now and then what was answered."""
         self.first, self.last = self.first or record, record
         writer.write(record)
         self._say(record.notice)
+        every = self.config.transcripts
+        if every and (record.step == 1 or record.step % every == 0):
+            add_transcripts(self.folder.path / "transcripts.html", record.step, groups, self.task.decode)
 
     def _say(self, what: str | None, style: str = "yellow") -> None:
         if what:
@@ -273,6 +278,8 @@ class _Run:
             reward_curve_png(file, picture, title=self.config.run.name)
             files = {"model": f"{checkpoint}/model"} if checkpoint else {}
             files |= {"reward curve": picture, "metrics": file, "run": folder}
+            page = folder / "transcripts.html"
+            files |= {"transcripts": page} if page.exists() else {}
             args = (self.config.run.name, self.first, self.last, self.evaluated, wall_s, files)
             self.console.print(summary(*args))
             metrics = {k: v for k, v in vars(self.last).items() if not isinstance(v, dict | tuple)} | self.last.extra

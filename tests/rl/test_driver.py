@@ -42,6 +42,8 @@ def test_a_run_learns_resumes_bit_for_bit_and_keeps_its_books(cluster: Session, 
     rl.run(config(tmp_path, "cut", 15, 15, reproducible=True))
     rl.run(config(tmp_path, "cut", 40, 15, reproducible=True))
     assert [same_numbers(r) for r in steps(tmp_path / "cut")] == [same_numbers(r) for r in records]
+    page = (tmp_path / "cut" / "transcripts.html").read_text()
+    assert all(f'id="step-{step}"' in page for step in (1, 20, 40))
     journal = Journal(tmp_path / "cut" / "rollouts.jsonl")
     groups = {group.index: group for group in journal.recover()}
     trained = [index for step in sorted(journal._steps) for index in journal._steps[step]]
