@@ -150,6 +150,7 @@ def test_requests_of_a_killed_engine_are_issued_again_and_the_engine_comes_back(
     run(main)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_takes_its_engine_along(cluster: Session, folder, expected):
     async def main() -> None:
         engines, failures = [config(folder, tp=2)], FailureConfig(max_failures=1)
@@ -177,6 +178,7 @@ def test_when_no_engine_is_left_all_requests_fail(cluster: Session, folder):
     run(main)
 
 
+@pytest.mark.slow
 def test_a_request_that_outlives_too_many_engines_fails(cluster: Session, folder):
     async def main() -> None:
         async with RolloutGroup([config(folder)], EACH, failures=FailureConfig(max_failures=-1), attempts=2) as group:

@@ -103,7 +103,7 @@ ENGINES = {"one": [{}], "layouts": [{"tp": 2}, {"pp": 2}], "bf16": [{"dtype": "b
 
 
 @pytest.mark.parametrize("engines", ENGINES.values(), ids=ENGINES)
-@pytest.mark.parametrize("delta", [False, True], ids=["whole", "delta"])
+@pytest.mark.parametrize("delta", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "delta"])
 def test_every_engine_holds_the_trainers_weights(cluster: Session, trainer, folder, engines, delta: bool):
     async def main() -> None:
         async with RolloutGroup([config(folder, **options) for options in engines], EACH) as group:
@@ -124,6 +124,7 @@ def test_every_engine_holds_the_trainers_weights(cluster: Session, trainer, fold
     run(main)
 
 
+@pytest.mark.slow
 def test_a_trainer_in_the_drivers_process(cluster: Session, folder):
     local = rollouts.Trains(World.single())
     local.train(3)
@@ -137,7 +138,7 @@ def test_a_trainer_in_the_drivers_process(cluster: Session, folder):
     run(main)
 
 
-@pytest.mark.parametrize("mode", ["keep", "abort"])
+@pytest.mark.parametrize("mode", ["keep", pytest.param("abort", marks=pytest.mark.slow)])
 def test_running_requests_at_a_push(cluster: Session, trainer, folder, mode: str):
     async def main() -> None:
         async with RolloutGroup([config(folder)], EACH, start=rollouts.halting) as group:
@@ -161,6 +162,7 @@ def test_running_requests_at_a_push(cluster: Session, trainer, folder, mode: str
     run(main)
 
 
+@pytest.mark.slow
 def test_a_push_that_waits_lets_running_requests_finish(cluster: Session, trainer, folder):
     async def main() -> None:
         async with RolloutGroup([config(folder)], EACH) as group:
@@ -202,6 +204,7 @@ def test_a_stale_engine_is_caught(cluster: Session, trainer, folder, start, why:
     run(main)
 
 
+@pytest.mark.slow
 def test_verify_finds_an_engine_that_was_changed_behind_its_back(cluster: Session, trainer, folder, tmp_path):
     other = rollouts.save(tmp_path / "other", seed=8)
 
@@ -240,6 +243,7 @@ def test_a_restarted_engine_answers_only_with_the_current_weights(cluster: Sessi
     run(main)
 
 
+@pytest.mark.slow
 def test_an_engine_killed_at_a_push_does_not_stop_the_others(cluster: Session, trainer, folder):
     async def main() -> None:
         async with RolloutGroup([config(folder), config(folder)], EACH) as group:
@@ -259,6 +263,7 @@ def test_an_engine_killed_at_a_push_does_not_stop_the_others(cluster: Session, t
     run(main)
 
 
+@pytest.mark.slow
 def test_a_new_trainer_group_is_reached_after_a_reset(cluster: Session, trainer, folder):
     async def main() -> None:
         async with RolloutGroup([config(folder)], EACH) as group:
