@@ -53,7 +53,12 @@ def cases():
             yield tp, pp, dp, sp, z, schedule, virtual
 
 
-CASES = list(cases())
+# Two of five belong to `make test-slow`, of every kind: a case has four ranks waiting for each other on two cores.
+CASES = [pytest.param(case, marks=pytest.mark.slow) if i % 5 in (1, 3) else case for i, case in enumerate(cases())]
+
+
+def name_of(case: tuple) -> str:
+    return "tp{}-pp{}-dp{}-sp{:d}-zero{:d}-{}-v{}".format(*case)
 
 
 def global_batch(arch: DecoderConfig, step: int) -> MicroBatch:
@@ -133,7 +138,7 @@ def run_all(world, jobs):
     return [run(world, arch, chosen) for arch, chosen in jobs]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "tp{}-pp{}-dp{}-sp{:d}-zero{:d}-{}-v{}".format(*c))
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_any_layout_computes_the_same_step(ranks, case):
     tp, pp, dp, sp, zero, schedule, virtual = case
     options = {"tp": tp, "pp": pp, "virtual_stages": virtual, "schedule": schedule, "zero": zero}
