@@ -179,9 +179,9 @@ class _Run:
             rollouts.journal.step(buffer.version + 1, tuple(group.index for group in groups))
             with phases("train"):
                 metrics = await trainers.train(batch)
-            buffer.trained()
             with phases("sync"):
-                report = await sync.push(buffer.version)
+                report = await sync.push(buffer.version + 1)
+            buffer.trained()  # not before: what starts during the push may still be answered by the old weights
             rollouts.launch()
             more["sync_bytes"] = report.nbytes
             self._note(writer, step_record(buffer.version, groups, batch, metrics, phases, more), groups)
