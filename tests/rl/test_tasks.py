@@ -19,7 +19,7 @@ from raytron.rl.tasks.arithmetic import evaluate, value_of, written
 from tests.rl.players import Engine, play
 
 SMALL = {name: kind for name, kind in TASKS.items() if name != "gsm8k"}
-GSM8K_TEST = Path("/work/shared/data/gsm8k/test.jsonl")
+GSM8K_TEST = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"  # beside the checkout
 
 
 def halving(task: HigherLower):
