@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytron.checkpoint import CheckpointManager, Saved
 from raytron.checkpoint.publisher import Outgoing, Published, Publisher
 from raytron.data.loader import MicroBatch
 from raytron.models.base import ShardedModel
@@ -25,6 +23,7 @@ from raytron.rl.packing import distribute, micro_batches
 from raytron.rl.types import Batch
 from raytron.training.engine import DTYPES, Judge, TrainEngine
 from raytron.training.losses import Objective
+from raytron.training.saves import Saves
 
 __all__ = ["CriticTask", "PolicyTask", "Scores"]
 
@@ -50,15 +49,11 @@ class _Task:
         checkpoints: str,
         tokenizer: str | None,
     ) -> None:
-        self.world, self.config, self.model, self._tokenizer = world, config, model, tokenizer
+        self.world, self.config, self.model = world, config, model
         if config.reproducible:
             model.use_kernels(reproducible=True)
         self.engine = TrainEngine(model, replace(config, steps=config.steps * config.updates), objective)
-        policy = config.run.checkpoint_config
-        self.checkpoints = CheckpointManager(
-            checkpoints, keep=policy.num_to_keep, asynchronous=policy.asynchronous, shard_mb=policy.shard_mb
-        )
-        self._saving: Future[Saved] | None = None
+        self.saves = Saves(self.engine, checkpoints, config.run.checkpoint_config, tokenizer)
 
     @property
     def version(self) -> int:
@@ -70,10 +65,8 @@ class _Task:
 
         Returns its version, 0 where there is none, and what was wrong with newer ones that were passed over.
         """
-        record = self.checkpoints.load(self.engine)
-        if record is not None:
-            self.engine.record = record
-        return self.version, list(self.checkpoints.passed_over.values())
+        damaged = self.saves.load() or []
+        return self.version, damaged
 
     def _score(self, batch: Batch, judge: Judge) -> Scores | None:
         """`judge`'s number for every token of this rank's trajectories, from the first tp rank of the last stage."""
@@ -115,28 +108,16 @@ class _Task:
         )
 
     def save(self, wait: bool = False) -> str | None:
-        """Save the committed step, in the background unless `wait`; on rank 0 what failed of the saves that ended."""
-        future = self.checkpoints.save(self.engine, tokenizer=self._tokenizer)
-        failed, self._saving = self._failed_save(), future if self.world.rank == 0 else None
-        if wait:
-            future.result()
-            failed = "; ".join(filter(None, (failed, self._failed_save())))
-        return failed or None
-
-    def _failed_save(self) -> str | None:
-        if self._saving is None or not self._saving.done():
-            return None
-        saved, self._saving = self._saving.result(), None
-        return None if saved.ok else f"checkpoint {saved.name} was not saved: {saved.error}"
+        """See `Saves.save`."""
+        return self.saves.save(wait)
 
     def latest(self) -> str | None:
-        """Where the newest checkpoint is, once every save has ended."""
-        self.checkpoints.wait()
-        return self.checkpoints.latest()
+        """See `Saves.latest`."""
+        return self.saves.latest()
 
     def close(self) -> None:
         """Finish saving."""
-        self.checkpoints.close()
+        self.saves.close()
 
 
 class PolicyTask(_Task):

@@ -6,13 +6,11 @@ Each rank reads its own samples; whoever drives the run sees only metrics.
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raytron.checkpoint import CheckpointManager, Saved
 from raytron.config import PretrainConfig
 from raytron.data.build import Prepared, build_datasets
 from raytron.data.loader import GlobalBatches
@@ -21,6 +19,7 @@ from raytron.models.loading import build, load_weights
 from raytron.parallel.collectives import World
 from raytron.training.engine import DTYPES, StepResult, TrainEngine
 from raytron.training.memory import flops_per_token
+from raytron.training.saves import Saves
 
 __all__ = ["PretrainTask", "measure_peak_flops", "sample_counts"]
 
@@ -48,13 +47,10 @@ class PretrainTask:
             load_weights(model, config.model.path)
         self.engine = TrainEngine(model, config)
         policy = config.run.checkpoint_config
-        self.checkpoints = CheckpointManager(
-            checkpoints, keep=policy.num_to_keep, asynchronous=policy.asynchronous, shard_mb=policy.shard_mb
-        )
+        self.saves = Saves(self.engine, checkpoints, policy, prepared.tokenizer_directory)
         self._flops = flops_per_token(arch, config.data.sequence_length)
         self.peak_flops = measure_peak_flops(world)
         self._reader = None
-        self._saving: Future[Saved] | None = None  # on rank 0, a save whose end nobody has heard of
         self._end = time.perf_counter()
 
     def _make_data(self) -> None:
@@ -68,11 +64,10 @@ class PretrainTask:
 
         Returns its step, 0 where there is none, and what was wrong with newer ones that were passed over.
         """
-        record = self.checkpoints.load(self.engine)
-        if record is not None:
-            self.engine.record = record
+        damaged = self.saves.load()
+        if damaged is not None:
             self._close_reader()
-        return self.engine.counters.step, list(self.checkpoints.passed_over.values())
+        return self.engine.counters.step, damaged or []
 
     def train_step(self) -> StepRecord | None:
         """One step of the run; TrainingStopped after too many skipped ones in a row."""
@@ -99,33 +94,16 @@ class PretrainTask:
         return EvalRecord(self.engine.counters.step, loss, torch.tensor(loss).exp().item(), int(counts[1]))
 
     def save(self, wait: bool = False) -> str | None:
-        """Save the committed step, in the background unless `wait`, once the save before has ended.
-
-        Returns, on rank 0, what failed of the saves that have ended and were not heard of (training goes on). A save in
-        the background is heard of by the notice of a step after it, or here.
-        """
-        future = self.checkpoints.save(self.engine, tokenizer=self.prepared.tokenizer_directory)
-        failed, self._saving = self._failed_save(), future if self.world.rank == 0 else None
-        if wait:
-            future.result()
-            failed = "; ".join(filter(None, (failed, self._failed_save())))
-        return failed or None
-
-    def _failed_save(self) -> str | None:
-        """Why the last save failed, once it has ended; told once."""
-        if self._saving is None or not self._saving.done():
-            return None
-        saved, self._saving = self._saving.result(), None
-        return None if saved.ok else f"checkpoint {saved.name} was not saved: {saved.error}"
+        """See `Saves.save`. A save in the background is heard of by the notice of a step after it, or here."""
+        return self.saves.save(wait)
 
     def latest(self) -> str | None:
-        """Where the newest checkpoint is, once every save has ended."""
-        self.checkpoints.wait()
-        return self.checkpoints.latest()
+        """See `Saves.latest`."""
+        return self.saves.latest()
 
     def close(self) -> None:
         """Finish saving and stop reading."""
-        self.checkpoints.close()
+        self.saves.close()
         self._close_reader()
 
     def _close_reader(self) -> None:
@@ -159,7 +137,7 @@ class PretrainTask:
         skipped = f"step {result.step} was skipped: {result.skipped}" if result.skipped else None
         if skipped and result.culprit:
             skipped += f", first the {result.culprit}"
-        return "; ".join(filter(None, (skipped, self._failed_save())))
+        return "; ".join(filter(None, (skipped, self.saves.failed())))
 
 
 def sample_counts(config: PretrainConfig) -> tuple[int, int]:
