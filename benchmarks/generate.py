@@ -1,6 +1,6 @@
 """Generation speed on one thread: our engine against vLLM, with `transformers` and our reproducible mode beside them.
 
-Random Llamas of 1M and 25M parameters; 32 random prompt tokens, 128 new ones (a quick run: 48), greedy, past any end:
+Random Llamas of 1M and 25M parameters; 32 random prompt tokens, 128 new ones (a quick run: 32), greedy, past any end:
 tokens in, tokens out, no text. Each engine lives in a process of its own, so that thread settings and allocators stay
 apart, and all of a model and dtype are up at once; a round goes through them in turn, one computing while the others
 wait at a pipe. Every round has other prompts, the same for all. vLLM is measured eager and compiled (a quick run:
@@ -278,7 +278,7 @@ def measure(size: Size, dtype: str, path: str, arguments: Any) -> Iterator[dict[
                 rounds = 3
             taken = interleave(main, rounds)
             yield from rows_of(size, dtype, batch, taken, arguments)
-            if batch == 8:  # theirs takes minutes a round in bf16 where the processor has no such instructions
+            if batch == size.batches[1]:  # theirs takes minutes a round in bf16 where the processor has no such instructions
                 beside = {w.name: timer(w, size, batch) for w in workers if not w.name.startswith("vLLM")}
                 yield from information(size, dtype, batch, interleave(beside, 1 if arguments.quick else 3))
 
