@@ -278,7 +278,9 @@ def measure(size: Size, dtype: str, path: str, arguments: Any) -> Iterator[dict[
                 rounds = 3
             taken = interleave(main, rounds)
             yield from rows_of(size, dtype, batch, taken, arguments)
-            if batch == size.batches[1]:  # theirs takes minutes a round in bf16 where the processor has no such instructions
+            if (
+                batch == size.batches[1]
+            ):  # theirs takes minutes a round in bf16 where the processor has no such instructions
                 beside = {w.name: timer(w, size, batch) for w in workers if not w.name.startswith("vLLM")}
                 yield from information(size, dtype, batch, interleave(beside, 1 if arguments.quick else 3))
 

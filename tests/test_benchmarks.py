@@ -16,6 +16,10 @@ SCRIPTS = (
     "startup.py",
     "generate.py",
     "serve.py",
+    "learning.py",
+    "faults.py",
+    "weight_sync.py",
+    "grpo_step.py",
     "gpu/train.py",
 )
 # What a machine with torch, numpy and safetensors alone does not have.
@@ -129,3 +133,36 @@ def test_serve(tmp_path: Path):
     assert [row["case"] for row in rows] == [f"toy-bf16-{case}" for case in cases]
     assert all(row["ours"] > 0 and "ratio" not in row for row in rows)
     assert all(row["case"] in page.read_text() for row in rows)
+
+
+@pytest.mark.slow
+def test_learning(tmp_path: Path):
+    page = tmp_path / "learning.md"
+    rows = rows_of(
+        run(ROOT / "benchmarks" / "learning.py", "--only", "vLLM", "--seeds", 1, "--steps", 2, "--output", page)
+    )
+    assert [row["case"] for row in rows] == ["echo-digit grpo vLLM"]
+    assert rows[0]["details"]["steps"] == 2
+    assert page.with_suffix(".png").exists()
+
+
+@pytest.mark.slow
+def test_faults(tmp_path: Path):
+    rows = rows_of(run(ROOT / "benchmarks" / "faults.py", "--seeds", 2, "--output", tmp_path / "faults.md"))
+    assert rows[-1]["ours"] == 1.0
+
+
+@pytest.mark.slow
+def test_weight_sync(tmp_path: Path):
+    rows = rows_of(
+        run(ROOT / "benchmarks" / "weight_sync.py", "--size", "toy", "--force", "--output", tmp_path / "w.md")
+    )
+    assert [row["case"] for row in rows] == [f"toy-{d}-{how}" for d in ("fp32", "bf16") for how in ("full", "delta")]
+
+
+@pytest.mark.slow
+def test_grpo_step(tmp_path: Path):
+    (row,) = rows_of(
+        run(ROOT / "benchmarks" / "grpo_step.py", "--size", "toy", "--force", "--output", tmp_path / "g.md")
+    )
+    assert row["case"] == "toy-fp32-toy"

@@ -25,13 +25,15 @@ from raytron.parallel.collectives import World
 from raytron.parallel.layout import Layout, Piece, Place, Spec
 from raytron.parallel.mesh import Mesh
 from raytron.parallel.tensor import ParallelLinear, initialize_
-from raytron.precision import NATIVE_BF16, linear
+from raytron.precision import BF16_INSTRUCTIONS, NATIVE_BF16, linear
 
 __all__ = ["ShardedModel", "Slot", "chunk_layers"]
 
-# Up to so many rows our own product is faster than the library's; bf16 weights are widened as they are read, where the
-# library would widen all of them first.
-FEW_ROWS = {torch.float32: 48, torch.bfloat16: 2 if NATIVE_BF16 else 64}
+# Up to so many rows our own product is faster than the library's. Without bf16 instructions weights are widened as they
+# are read, where the library would widen all of them first; of those instructions it has AVX512's.
+_AVX512 = {"avx512_bf16"}
+_FEW_BF16 = (48 if BF16_INSTRUCTIONS <= _AVX512 else 2) if NATIVE_BF16 else 64
+FEW_ROWS = {torch.float32: 48, torch.bfloat16: _FEW_BF16}
 ALIGN = 64  # elements: slots start on a cache line in every dtype
 
 

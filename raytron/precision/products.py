@@ -12,19 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["NATIVE_BF16", "linear"]
+__all__ = ["BF16_INSTRUCTIONS", "NATIVE_BF16", "linear"]
 
 
-def _native_bf16() -> bool:
+def _bf16_instructions() -> frozenset[str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
-    return any(name in flags for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return frozenset(flags) & {"avx512_bf16", "amx_bf16", "bf16"}
 
 
-# Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX, or Arm's BF16); False where nothing says so. A
-# constant and not a function, for torch.compile traces the code that asks.
-NATIVE_BF16 = _native_bf16()
+# What this CPU multiplies bf16 with (AVX512-BF16, AMX, Arm's BF16), and whether it can; nothing where nothing says so.
+# Constants and no functions, for torch.compile traces the code that asks.
+BF16_INSTRUCTIONS = _bf16_instructions()
+NATIVE_BF16 = bool(BF16_INSTRUCTIONS)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

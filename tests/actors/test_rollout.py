@@ -69,10 +69,14 @@ async def all_of(group: RolloutGroup) -> dict[tuple[int, int], list[int]]:
     return {key: one.token_ids.tolist() for key, one in zip(asked, found, strict=True)}
 
 
-LAYOUTS = {"one": [{}], "two": [{}, {}], "mixed": [{}, {"tp": 2}, {"pp": 2}]}
+LAYOUTS = [
+    pytest.param([{}], id="one", marks=pytest.mark.slow),
+    pytest.param([{}, {}], id="two", marks=pytest.mark.slow),
+    pytest.param([{}, {"tp": 2}, {"pp": 2}], id="mixed"),
+]
 
 
-@pytest.mark.parametrize("engines", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("engines", LAYOUTS)
 def test_answers_are_those_of_one_engine(cluster: Session, folder, expected, engines):
     async def main() -> None:
         async with RolloutGroup([config(folder, **options) for options in engines], EACH) as group:

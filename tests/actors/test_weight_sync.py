@@ -99,10 +99,14 @@ async def versions(group: RolloutGroup) -> list[int]:
     return sorted({int(v) for v in (await group.generate(PROMPT, params)).versions})
 
 
-ENGINES = {"one": [{}], "layouts": [{"tp": 2}, {"pp": 2}], "bf16": [{"dtype": "bf16"}]}
+ENGINES = [
+    pytest.param([{}], id="one", marks=pytest.mark.slow),
+    pytest.param([{"tp": 2}, {"pp": 2}], id="layouts"),
+    pytest.param([{"dtype": "bf16"}], id="bf16", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("engines", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("engines", ENGINES)
 @pytest.mark.parametrize("delta", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "delta"])
 def test_every_engine_holds_the_trainers_weights(cluster: Session, trainer, folder, engines, delta: bool):
     async def main() -> None:
