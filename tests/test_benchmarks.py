@@ -20,6 +20,7 @@ SCRIPTS = (
     "faults.py",
     "weight_sync.py",
     "grpo_step.py",
+    "async.py",
     "gpu/train.py",
 )
 # What a machine with torch, numpy and safetensors alone does not have.
@@ -166,3 +167,11 @@ def test_grpo_step(tmp_path: Path):
         run(ROOT / "benchmarks" / "grpo_step.py", "--size", "toy", "--force", "--output", tmp_path / "g.md")
     )
     assert row["case"] == "toy-fp32-toy"
+
+
+@pytest.mark.slow
+def test_async(tmp_path: Path):
+    rows = rows_of(
+        run(ROOT / "benchmarks" / "async.py", "--quick", "--steps", 3, "--force", "--output", tmp_path / "a.md")
+    )
+    assert [row["case"] for row in rows] == ["echo-digit fp32 staleness 1", "echo-digit fp32 staleness 2"]

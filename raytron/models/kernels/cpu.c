@@ -250,11 +250,17 @@ static void row_times(const float *x, const void *w, int64_t n, int64_t k, int64
         }
     } else if (dtype == FP32) {
         const float *p = w;
-        for (; j + 8 <= n; j += 8) tile_1x8group32(x, k, p + j * k, k, k, y + j, n);
+        for (; j + 8 <= n; j += 8) {
+            prefetch((const char *)(p + (j + 8) * k), 8 * k * sizeof *p);
+            tile_1x8group32(x, k, p + j * k, k, k, y + j, n);
+        }
         for (; j < n; j++) tile_1x1group32(x, k, p + j * k, k, k, y + j, n);
     } else {
         const uint16_t *p = w;
-        for (; j + 8 <= n; j += 8) tile_1x8group16(x, k, p + j * k, k, k, y + j, n);
+        for (; j + 8 <= n; j += 8) {
+            prefetch((const char *)(p + (j + 8) * k), 8 * k * sizeof *p);
+            tile_1x8group16(x, k, p + j * k, k, k, y + j, n);
+        }
         for (; j < n; j++) tile_1x1group16(x, k, p + j * k, k, k, y + j, n);
     }
 }
@@ -314,17 +320,21 @@ TILE_BF16(2)
 TILE_BF16(1)
 
 // y [m, n] of whole groups of k, w straight from memory: a block of its rows stays in the second-level cache while the
-// rows of x pass by, as many of those at a time as the first-level cache holds.
+// rows of x pass by, as many of those at a time as the first-level cache holds, and the next block is fetched.
 static void bf16_linear(uint16_t *y, const uint16_t *x, int64_t xs, const uint16_t *w, const uint16_t *bias, int64_t m,
                         int64_t n, int64_t k, int threads) {
     int64_t x_rows = within(2 * X_CACHE, k, 6, 96), w_rows = within(2 * W_CACHE, k, 4, 96);
     int64_t blocks = (n + w_rows - 1) / w_rows;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < blocks; t++) {
-        int64_t end = (t + 1) * w_rows < n ? (t + 1) * w_rows : n;
+        int64_t end = (t + 1) * w_rows < n ? (t + 1) * w_rows : n, left = n - end < w_rows ? n - end : w_rows;
+        int64_t calls = (m + x_rows - 1) / x_rows * ((end - t * w_rows + 3) / 4);
+        int64_t slice = (left * k * sizeof(uint16_t) / calls + 63) / 64 * 64;
+        const char *next = (const char *)(w + end * k);
         for (int64_t from = 0; from < m; from += x_rows) {
             int64_t to = from + x_rows < m ? from + x_rows : m;
-            for (int64_t j = t * w_rows; j < end; j += 4) {
+            for (int64_t j = t * w_rows; j < end; j += 4, next += slice) {
+                prefetch(next, slice);
 #define CALL(MR, N) bf16_tile_##MR(x + i * xs, xs, w + j * k, N, k, bias ? bias + j : NULL, y + i * n + j, n)
 #define CALLS(N)                                                                                                       \
     do {                                                                                                               \
