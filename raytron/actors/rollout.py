@@ -7,8 +7,9 @@
 
 Rollouts are not streamed, so a request whose engine dies has lost nothing that anybody saw: it is issued again, and its
 seed makes it the same. A dead engine is started again in the background, and is given no request before it has the
-current weights (`fleet`). Requests that arrive in one turn of the event loop (a group's samples do) travel together, as
-do answers; a message costs a thousand times what a request in it does.
+current weights (`fleet`). So is one that hangs: it answers its long poll, work or none, or is taken for dead. Requests
+that arrive in one turn of the event loop (a group's samples do) travel together, as do answers; a message costs a
+thousand times what a request in it does.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import ray
@@ -32,8 +32,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raytron.actors.fleet import Balancer, Fleet, Health
 from raytron.actors.placement import CapacityError
 from raytron.actors.replica import bundles, start_engine
+from raytron.actors.rollout_engine import Done, RolloutEngine, Start, Started
 from raytron.config import EngineConfig, FailureConfig
-from raytron.inference import Engine, EngineFailed, EngineLoop, Output, Pushed, Request, SamplingParams, Stats
+from raytron.inference import EngineFailed, Request, SamplingParams, Stats
 from raytron.inference.launch import check_layout
 from raytron.inference.types import PauseMode
 
@@ -41,9 +42,8 @@ __all__ = ["Generated", "RolloutError", "RolloutGroup"]
 
 log = logging.getLogger(__name__)
 
-Start = Callable[[EngineConfig, Mapping[str, float]], Engine]
 POLL_S = 2.0  # how long an engine waits for something to report before it says that it is well
-QUEUE = 1 << 30  # requests that may wait in an engine: admission is the driver's affair
+START_S = 1800.0  # for an engine to read its weights and compile what it compiles
 CLOSE_S = 10.0
 
 
@@ -67,150 +67,6 @@ class Generated:
     cached_tokens: int = 0
 
 
-class Started(NamedTuple):
-    """Of an engine that runs: its node, its context, and the version of its weights (None: it has none yet)."""
-
-    node: str
-    pid: int
-    max_model_len: int
-    version: int | None
-
-
-class Done(NamedTuple):
-    """One request's end: the parts of `Generated`, or the message of a ValueError."""
-
-    id: str
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    versions: np.ndarray
-    finish_reason: str
-    cached_tokens: int
-    invalid: str | None
-
-
-@dataclass(slots=True)
-class _Growing:
-    """A request in an engine."""
-
-    close: Callable[[], None] | None = None
-    outputs: list[Output] = field(default_factory=list)
-
-
-@ray.remote(max_restarts=0, max_task_retries=0)
-class RolloutEngine:
-    """The actor around one engine. Everything but the engine's own thread runs on its event loop."""
-
-    async def start(self, config: EngineConfig, each: Mapping[str, float], start: Start) -> Started:
-        """Make the engine. Raises as `start_engine`."""
-        engine = await asyncio.to_thread(start, config, each)
-        self._loop = EngineLoop(engine, max_queue=QUEUE, name="rollouts")
-        self._growing: dict[str, _Growing] = {}
-        self._done: list[Done] = []
-        self._failure: EngineFailed | None = None
-        self._news = asyncio.Event()
-        node = ray.get_runtime_context().get_node_id()
-        return Started(node, os.getpid(), engine.max_model_len, None if config.weights == "await" else engine.version)
-
-    async def submit(self, requests: Sequence[Request]) -> None:
-        """Take requests in; `collect` tells how they ended."""
-        for request in requests:
-            growing = self._growing[request.id] = _Growing()
-            try:
-                growing.close = self._loop.subscribe(request, lambda o, e, id=request.id: self._receive(id, o, e))
-            except EngineFailed as error:
-                self._fail(error)
-            except ValueError as error:
-                self._end(request.id, str(error))
-
-    def _receive(self, id: str, outputs: list[Output], error: BaseException | None) -> None:
-        growing = self._growing.get(id)
-        if growing is None:
-            return
-        growing.outputs += outputs
-        if isinstance(error, ValueError):
-            self._end(id, str(error))
-        elif error is not None:
-            self._fail(EngineFailed(str(error)))
-        elif outputs and outputs[-1].finish_reason is not None:
-            self._end(id, None)
-
-    def _end(self, id: str, invalid: str | None) -> None:
-        growing = self._growing.pop(id)
-        if growing.close is not None:
-            growing.close()
-        self._done.append(_done(id, growing.outputs, invalid))
-        self._news.set()
-
-    def _fail(self, error: EngineFailed) -> None:
-        self._failure = self._failure or error
-        self._news.set()
-
-    async def collect(self) -> list[Done]:
-        """What has ended since the last call, as soon as something has; nothing after `POLL_S`.
-
-        Raises EngineFailed when the engine can answer no more; what had ended before is told first.
-        """
-        if not self._news.is_set():
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), POLL_S)
-            if not self._news.is_set():
-                await self._check()
-        done, self._done = self._done, []
-        if self._failure is not None and not done:
-            raise self._failure
-        if self._failure is None:
-            self._news.clear()
-        return done
-
-    async def _check(self) -> None:
-        """A rank that died while nothing ran is noticed here."""
-        health = (await self._loop.stats()).health
-        if health != "ready" and not health.startswith("stale"):
-            self._fail(EngineFailed(health))
-
-    async def abort(self, ids: Sequence[str]) -> None:
-        """End requests that nobody waits for any more."""
-        for id in ids:
-            growing = self._growing.pop(id, None)
-            if growing is not None and growing.close is not None:
-                growing.close()
-
-    async def update(self, weights: Pushed | str, mode: PauseMode, version: int) -> tuple[int, int | None]:
-        """Take new weights in; the version and the folded checksum of those that it then holds (`Engine.confirmed`)."""
-        await self._loop.update_weights(weights, mode, version)
-        return self._loop.version, self._loop.engine.confirmed
-
-    async def verify(self, pushed: Pushed) -> tuple[int, int | None]:
-        """The same of what it holds now. Raises WeightUpdateError naming a tensor that was not pushed so."""
-        return await self._loop.call(lambda engine: (engine.version, engine.verify(pushed)))
-
-    async def pause(self, mode: PauseMode) -> None:
-        """Compute nothing until `resume`; see `Engine.pause`."""
-        await self._loop.pause(mode)
-
-    async def resume(self) -> None:
-        """Go on."""
-        await self._loop.resume()
-
-    async def stats(self) -> Stats:
-        """The engine's numbers."""
-        return await self._loop.stats()
-
-    async def close(self) -> None:
-        """Give the engine's processes and memory back."""
-        await asyncio.to_thread(self._loop.close)
-
-
-def _done(id: str, outputs: Sequence[Output], invalid: str | None) -> Done:
-    def joined(name: str, dtype: type) -> np.ndarray:
-        return np.array([value for output in outputs for value in getattr(output, name)], dtype=dtype)
-
-    last = outputs[-1].finish_reason if outputs else ""
-    cached = max((output.cached_tokens for output in outputs), default=0)
-    arrays = joined("token_ids", np.int32), joined("logprobs", np.float32), joined("versions", np.int32)
-    return Done(id, *arrays, last, cached, invalid)
-
-
 class _Pending:
     """A request of the driver's until it is answered."""
 
@@ -232,6 +88,8 @@ class RolloutGroup:
         each: resources of one rank, by Ray's names; by default one CPU slot.
         failures: how many engine failures to survive by starting the engine again.
         attempts: how often a request is issued before its engines' failures are its own.
+        timeout_s: an engine that does not answer for so long, or has work and makes no progress, counts as dead. Must
+            exceed the longest step and weight update.
         wait_s: how long to wait for the cluster to grant the engines' placement groups.
         start: makes an actor's engine.
 
@@ -250,6 +108,7 @@ class RolloutGroup:
         *,
         failures: FailureConfig | None = None,
         attempts: int = 3,
+        timeout_s: float = 600.0,
         wait_s: float = 30.0,
         start: Start = start_engine,
     ) -> None:
@@ -258,7 +117,7 @@ class RolloutGroup:
         for config in dict.fromkeys(engines):
             check_layout(config)
         self.configs, self._each = tuple(engines), dict(each or {"CPU": 1})
-        self._attempts, self._wait_s, self._start = attempts, wait_s, start
+        self._attempts, self._timeout_s, self._wait_s, self._start = attempts, timeout_s, wait_s, start
         awaits = any(config.weights == "await" for config in engines)
         failures = failures or FailureConfig(max_failures=3)
         self.fleet = Fleet(len(engines), failures.max_failures, None if awaits else 0)
@@ -317,9 +176,11 @@ class RolloutGroup:
             enable_task_events=False,
         ).remote()
         try:
-            return await actor.start.remote(config, self._each, self._start)
+            return await asyncio.wait_for(actor.start.remote(config, self._each, self._start), START_S)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, ValueError | RuntimeError) else error) from None
+        except TimeoutError:
+            raise RuntimeError(f"rollout engine {engine} did not start within {START_S:g} s") from None
 
     def _run(self, engine: int, started: Started) -> None:
         self._started[engine] = started
@@ -332,13 +193,20 @@ class RolloutGroup:
         try:
             try:
                 while True:
-                    self._deliver(engine, await self._actors[engine].collect.remote())
+                    self._deliver(engine, await self._collected(engine))
             except RayError as error:
                 await self._replace(engine, _reason(error))
+            except TimeoutError:
+                await self._replace(engine, f"it did not answer within {self._timeout_s:g} s")
         except Exception as error:  # nobody awaits this task: those who wait for answers must hear of it
             log.exception("the rollout group failed")
             for pending in list(self._pending.values()):
                 self._fail(pending, RolloutError(f"the rollout group failed: {error}"))
+
+    async def _collected(self, engine: int) -> list[Done]:
+        poll_s = min(POLL_S, self._timeout_s)
+        news = self._actors[engine].collect.remote(poll_s, self._timeout_s)
+        return await asyncio.wait_for(news, poll_s + self._timeout_s)
 
     async def _replace(self, engine: int, reason: str) -> None:
         log.warning("rollout engine %d failed: %s", engine, reason)

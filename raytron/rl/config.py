@@ -137,6 +137,9 @@ class RolloutConfig(Typed):
     top_k: int = 0
     timeout_s: float = 600.0
     """For each step of an environment; an episode where one takes longer is left out of the batch."""
+    engine_timeout_s: float = 600.0
+    """An engine that does not answer for so long, or has work and makes no progress, is ended and started again; above
+    the longest step (a prefill of engine.max_batched_tokens) and the longest weight update."""
     max_restarts: int = 3
     """How often a dead engine is started again."""
 
@@ -144,6 +147,8 @@ class RolloutConfig(Typed):
         super().__post_init__()
         if self.engines < 1:
             raise ValueError(f"rollout.engines is {self.engines}; it must be at least 1")
+        if self.engine_timeout_s <= 0:
+            raise ValueError(f"rollout.engine_timeout_s is {self.engine_timeout_s}; it must be positive")
         if self.temperature <= 0:
             raise ValueError(
                 f"rollout.temperature is {self.temperature}; it must be positive: a policy that always takes the "

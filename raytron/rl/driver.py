@@ -207,7 +207,8 @@ class _Run:
         )
         each = {"CPU": rollout.cpus, "GPU": rollout.gpus}
         failures = FailureConfig(max_failures=rollout.max_restarts)
-        return RolloutGroup([engine] * rollout.engines, each, failures=failures, wait_s=wait_s)
+        more = {"failures": failures, "timeout_s": rollout.engine_timeout_s, "wait_s": wait_s}
+        return RolloutGroup([engine] * rollout.engines, each, **more)
 
     async def _roll(self, engines: RolloutGroup, index: int) -> Group:
         return await self._group(engines, self.task.prompt(index), self.config.group_size, self.config.seed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -92,6 +95,23 @@ class Halting(NativeEngine):
         return outputs
 
 
+class Hanging(NativeEngine):
+    """Comes to a halt in the way that a file of the model's folder names, which it takes away: the next goes on."""
+
+    def step(self) -> list:
+        file = Path(self.config.path, "hang")
+        if not file.exists():
+            return super().step()
+        how = file.read_text()
+        if how == "spin":
+            return []
+        file.unlink()
+        if how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        threading.Event().wait()
+        return []
+
+
 def skipping(config: EngineConfig, each: Mapping[str, float]) -> Engine:
     return Skipping(config)
 
@@ -112,6 +132,10 @@ def unstartable(config: EngineConfig, each: Mapping[str, float]) -> Engine:
 
 def halting(config: EngineConfig, each: Mapping[str, float]) -> Engine:
     return Halting(config)
+
+
+def hanging(config: EngineConfig, each: Mapping[str, float]) -> Engine:
+    return Hanging(config)
 
 
 def telling(config: EngineConfig, each: Mapping[str, float]) -> Engine:

@@ -154,6 +154,38 @@ def test_requests_of_a_killed_engine_are_issued_again_and_the_engine_comes_back(
     run(main)
 
 
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("step", "did not answer within"),
+        pytest.param("stop", "did not answer within", marks=pytest.mark.slow),
+        pytest.param("spin", "made no progress", marks=pytest.mark.slow),
+    ],
+)
+def test_an_engine_that_hangs_is_replaced_and_its_requests_are_issued_again(
+    cluster: Session, tmp_path, expected, how, reason
+):
+    folder = rollouts.save(tmp_path / "model")
+    hang = Path(folder, "hang")
+
+    async def main() -> None:
+        failures = FailureConfig(max_failures=-1)
+        async with RolloutGroup(
+            [config(folder)], EACH, failures=failures, attempts=9, timeout_s=1.0, start=rollouts.hanging
+        ) as group:
+            first = group._started[0].pid
+            hang.write_text(how)
+            answers = asyncio.ensure_future(all_of(group))
+            while group.fleet.failures == 0:
+                await asyncio.sleep(0.05)
+            hang.unlink(missing_ok=True)
+            assert await answers == expected
+            assert reason in group.fleet.states[0].reason
+            assert group._started[0].pid != first
+
+    run(main)
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_takes_its_engine_along(cluster: Session, folder, expected):
     async def main() -> None:
