@@ -6,6 +6,7 @@ from raytron.actors.group import ActorGroup, Calls
 from raytron.actors.placement import CapacityError
 from raytron.actors.ray_types import from_ray_train, result
 from raytron.actors.rollout import Generated, RolloutError, RolloutGroup
+from raytron.actors.scoring import ScorerGroup, ScoringError
 from raytron.actors.session import Session
 from raytron.actors.trainer import TrainerGroup
 from raytron.actors.transport import ObjectStore
@@ -23,6 +24,8 @@ __all__ = [
     "PushReport",
     "RolloutError",
     "RolloutGroup",
+    "ScorerGroup",
+    "ScoringError",
     "Session",
     "TrainerGroup",
     "WeightSync",

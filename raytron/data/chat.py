@@ -36,10 +36,12 @@ class ChatTemplate:
 
     Attributes:
         special: `bos_token` and the like, as text.
+        given: whether the directory has a template; without one chats are plain words.
     """
 
     def __init__(self, directory: str) -> None:
         self.special, self._templates = _special_tokens(Path(directory)), _templates(Path(directory))
+        self.given = bool(self._templates)
 
     def render(
         self,

@@ -4,6 +4,7 @@ from raytron.inference.engine import NativeEngine
 from raytron.inference.launch import make_engine
 from raytron.inference.llm import LLM
 from raytron.inference.loop import EngineFailed, EngineLoop, Overloaded
+from raytron.inference.scoring import Scorer
 from raytron.inference.types import (
     Collector,
     Completion,
@@ -31,6 +32,7 @@ __all__ = [
     "Pushed",
     "Request",
     "SamplingParams",
+    "Scorer",
     "Stats",
     "WeightUpdateError",
     "make_engine",

@@ -54,10 +54,11 @@ class ScoreHead(Replicated):
     def __init__(self, labels: int, size: int, tp: Axis, sequence_parallel: bool) -> None:
         super().__init__("score.weight", (labels, size), tp, partial=False, std=0.0)
         self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+        self.product = F.linear  # see `use_kernels`
 
     def forward(self, x: Tensor) -> Tensor:
         x = gather_rows(x, self.tp, summed=False) if self.sequence_parallel else x
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.product(x, self.weight.to(x.dtype))
 
 
 class Chunk(nn.Module):

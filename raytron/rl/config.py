@@ -19,7 +19,16 @@ from raytron.config import (
     Typed,
 )
 
-__all__ = ["AlgorithmConfig", "RLConfig", "RLEvalConfig", "RolloutConfig", "TaskConfig"]
+__all__ = [
+    "AlgorithmConfig",
+    "JudgeConfig",
+    "RLConfig",
+    "RLEvalConfig",
+    "RewardConfig",
+    "RewardModelConfig",
+    "RolloutConfig",
+    "TaskConfig",
+]
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,96 @@ class RolloutConfig(Typed):
 
 
 @dataclass(frozen=True)
+class RewardModelConfig(Typed):
+    """A sequence classifier (LlamaForSequenceClassification and the like) that scores whole answers, in actors."""
+
+    path: str | None = None
+    """Hugging Face directory; None is no reward model."""
+    weight: float = 1.0
+    """What its score counts."""
+    label: int | None = None
+    """Which of its scores, where it gives more than one."""
+    template: str | None = None
+    """What it reads: text with {prompt} and {response}, or "chat" for its own chat template, both in its own tokens;
+    None gives it the policy's tokens as they are, for a model with the policy's tokenizer."""
+    replicas: int = 1
+    """How many, each in a placement group of its own."""
+    tp: int = 1
+    """Tensor parallel size of each."""
+    cpus: float = 1.0
+    """CPU slots of one rank."""
+    gpus: float = 0.0
+    """GPUs of one rank."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is what the model's config.json says."""
+    max_batch_tokens: int = 16384
+    """Computed side by side, padding included."""
+    timeout_s: float = 120.0
+    """A replica that takes longer for what it was given is ended and started again, and its answers scored again."""
+    max_restarts: int = 3
+    """How often a dead replica is started again."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("replicas", "tp", "max_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"reward.model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.timeout_s <= 0:
+            raise ValueError(f"reward.model.timeout_s is {self.timeout_s}; it must be positive")
+
+
+@dataclass(frozen=True)
+class JudgeConfig(Typed):
+    """A language model behind an OpenAI endpoint that grades answers (`raytron.rl.rewards.LLMJudge`)."""
+
+    url: str | None = None
+    """Up to and including /v1; None is no judge."""
+    model: str = ""
+    """Its name there."""
+    weight: float = 1.0
+    """What its score, from 0 to 1, counts."""
+    template: str | None = None
+    """The question, with {prompt}, {answer} (the reference) and {response}; by default a grade from 0 to 10."""
+    pattern: str | None = None
+    """Regular expression whose group 1 is the score; by default the number behind "Score:"."""
+    best: float = 10.0
+    """The highest score."""
+    api_key_env: str | None = None
+    """Environment variable with the key; the run's files never hold it."""
+    concurrency: int = 16
+    """Answers judged at once."""
+    request: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """Further fields of each request: `temperature 0.2 max_tokens 256`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.url is not None and not self.model:
+            raise ValueError("reward.judge.model is empty; name the model that the endpoint serves")
+        if self.concurrency < 1 or self.best <= 0:
+            raise ValueError("reward.judge: concurrency must be at least 1, and best positive")
+
+
+@dataclass(frozen=True)
+class RewardConfig(Typed):
+    """What an episode is worth besides, or instead of, the task's own verdict: the weighted sum of what is named.
+
+    Where any part of it cannot be had, the answer is left out of the batch and counted; it is not worth zero.
+    """
+
+    task: float | None = None
+    """Weight of the task's own verdict; by default 1, and 0 where a model or a judge is named."""
+    model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    timeout_s: float = 600.0
+    """An answer whose reward takes longer is left out of the batch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.timeout_s <= 0:
+            raise ValueError(f"reward.timeout_s is {self.timeout_s}; it must be positive")
+
+
+@dataclass(frozen=True)
 class RLEvalConfig(Typed):
     """Evaluation on prompts of its own, every `interval` steps and at the end."""
 
@@ -176,6 +275,7 @@ class RLConfig(StepConfig):
     task: TaskConfig = field(default_factory=TaskConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     prompts: int = 32
     """Groups of a step."""
     group_size: int = 8

@@ -35,7 +35,9 @@ from raytron.rl.config import RLConfig
 from raytron.rl.environments import Prompt, Task
 from raytron.rl.episodes import run_group
 from raytron.rl.report import Phases, reward_curve_png, step_record, summary
-from raytron.rl.rollouts import Rollouts
+from raytron.rl.rewards import Overall, Reward
+from raytron.rl.rollouts import Rollouts, why_unjudged
+from raytron.rl.scorers import Scorers
 from raytron.rl.statistics import success_statistics
 from raytron.rl.tasks import build
 from raytron.rl.trainers import Trainers
@@ -54,6 +56,7 @@ def run(
     config: RLConfig,
     *,
     task: Task | None = None,
+    reward: Reward | None = None,
     run_config: RunConfig | ray.train.RunConfig | None = None,
     scaling_config: ScalingConfig | ray.train.ScalingConfig | None = None,
 ) -> ray.train.Result:
@@ -62,6 +65,8 @@ def run(
     Args:
         config: the whole run.
         task: an own task (see `raytron.rl.environments.Task`) instead of the built-in one that `config.task` names.
+        reward: an own `async (prompt, answer) -> float` (see `raytron.rl.rewards`) that judges whole episodes, besides
+            what `config.reward` names; the task's own verdict then counts as `config.reward.task` says.
         run_config, scaling_config: Ray Train's own objects (or raytron's), instead of `config.run`, `config.scaling`.
 
     Returns:
@@ -77,17 +82,19 @@ def run(
         config = replace(config, run=from_ray_train(run_config))
     if scaling_config is not None:
         config = replace(config, scaling=from_ray_train(scaling_config))
-    return _Run(config, task or build(config.task, config.seed)).drive()
+    return _Run(config, task or build(config.task, config.seed), reward).drive()
 
 
 class _Run:
     """One run, from its checks to its summary."""
 
-    def __init__(self, config: RLConfig, task: Task) -> None:
+    def __init__(self, config: RLConfig, task: Task, reward: Reward | None) -> None:
         longest = config.algorithm.constant_length or task.max_tokens
         config = replace(config, algorithm=replace(config.algorithm, constant_length=longest))
         self.config, self.task, self.console = config, task, Console()
         self.arch = _architecture(config, task)
+        self.scorers = Scorers(config, task, reward)
+        self.overall: Overall | None = None
         self.algorithm = make(config.algorithm)
         self.mesh = Mesh(dp=config.dp(), pp=config.parallel.pp, tp=config.parallel.tp)
         self.folder = RunFolder(config.run)
@@ -103,8 +110,8 @@ class _Run:
         self.tokenizer = self.folder.path / "tokenizer"
         self.task.save_tokenizer(self.tokenizer)
         rollout, trainers = self.config.rollout, self.mesh.size * (1 + self.algorithm.needs_critic)
-        engine_ranks = rollout.engines * rollout.engine.tp * rollout.engine.pp
-        with Session(trainers + math.ceil(engine_ranks * rollout.cpus)) as session, stop_requests() as stop:
+        others = rollout.engines * rollout.engine.tp * rollout.engine.pp * rollout.cpus + self.scorers.slots
+        with Session(trainers + math.ceil(others)) as session, stop_requests() as stop:
             checkpoint = self._attempts(session, stop)
         return self._finish(checkpoint, time.perf_counter() - start)
 
@@ -143,7 +150,8 @@ class _Run:
             for group in journal.recover():
                 buffer.put(group)
             buffer.forget_trained()
-            async with self._engines(session.wait_s) as engines:
+            scoring = self.scorers.running(session.wait_s)
+            async with self._engines(session.wait_s) as engines, scoring as self.overall:
                 sync = WeightSync(engines, trainers.policy, str(self.folder.path))
                 rollouts = Rollouts(buffer, journal, partial(self._roll, engines))
                 try:
@@ -172,7 +180,7 @@ class _Run:
                 groups = await rollouts.next_batch(stop.is_set)
             if groups is None:
                 break
-            more = {"rejected": buffer.rejected, "ahead": len(buffer.started)}
+            more = {"rejected": buffer.rejected, "excluded_total": rollouts.excluded, "ahead": len(buffer.started)}
             with phases("score"):
                 batch = await trainers.scored(Batch.of(groups))
             batch = self.algorithm.prepare(batch)
@@ -230,6 +238,7 @@ class _Run:
             seed=seed,
             budget=self.arch.max_position_embeddings,
             timeout_s=rollout.timeout_s,
+            overall=self.overall,
         )
 
     async def _milestone(self, trainers: Trainers, engines: RolloutGroup, writer: MetricsWriter, version: int) -> None:
@@ -251,7 +260,7 @@ class _Run:
         )
         judged = [group for group in groups if group.valid]
         if not judged:
-            self._say(f"no answer of the evaluation could be judged: {_reason(groups)}")
+            self._say(f"no answer of the evaluation could be judged: {why_unjudged(*groups)}")
             return
         rewards = np.concatenate([group.rewards for group in judged])
         found = {"reward": float(rewards.mean()), **success_statistics(judged)}
@@ -302,7 +311,3 @@ def _architecture(config: RLConfig, task: Task) -> Any:
         )
     return arch
 
-
-def _reason(groups: Sequence[Group]) -> str:
-    errors = [str(t.info["error"]) for group in groups for t in group.trajectories if "error" in t.info]
-    return errors[0] if errors else "no token was chosen"

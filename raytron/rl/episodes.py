@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from raytron.inference.types import SamplingParams
-from raytron.rl.environments.base import Generated, Prompt, StepResult, Task
+from raytron.rl.environments.base import Generated, Prompt, StepResult, Task, Verdict
+from raytron.rl.rewards.base import Overall
 from raytron.rl.seeds import seed_of
 from raytron.rl.types import Group, Trajectory
 
@@ -40,7 +41,7 @@ class _Failed(Exception):  # noqa: N818 (not an error: an outcome)
 
 @dataclass
 class _Record:
-    """The episode so far. budget: tokens it may have in all."""
+    """The episode so far. budget: tokens it may have in all. start: those before the first answer."""
 
     budget: int | None
     tokens: list[int] = field(default_factory=list)
@@ -51,6 +52,7 @@ class _Record:
     truncated: bool = False
     info: dict[str, float | str] = field(default_factory=dict)
     turns: int = 0
+    start: int = 0
 
     def room(self, most: int) -> int:
         """Tokens that the next answer may have."""
@@ -85,6 +87,24 @@ class _Record:
         self.info |= result.info
         self.reward = None if self.reward is None or result.reward is None else self.reward + float(result.reward)
 
+    async def judge(self, overall: Overall, task: Task, prompt: Prompt) -> None:
+        """Have the whole judged; that takes the place of what the environment said."""
+        start = self.start
+        ids, logprobs, versions = (tuple(x[start:]) for x in (self.tokens, self.logprobs, self.versions))
+        reason = "length" if self.truncated else "stop"
+        answer = Generated(ids, logprobs, versions, reason, task.decode(ids))
+        verdict = await overall(replace(prompt, token_ids=tuple(self.tokens[:start])), answer, self.reward)
+        self._settle(verdict)
+
+    def _settle(self, verdict: Verdict) -> None:
+        if self.reward is not None:
+            self.info["task_reward"] = self.reward
+        if verdict.reason is not None:
+            self.info["error"] = verdict.reason
+        if verdict.reward is not None:
+            self.info.pop("error", None)
+        self.reward = verdict.reward
+
     def trajectory(self) -> Trajectory:
         info = {**self.info, "turns": float(self.turns)}
         if self.reward is None:
@@ -102,6 +122,7 @@ async def run_episode(
     sample: int = 0,
     budget: int | None = None,
     timeout_s: float = 600.0,
+    overall: Overall | None = None,
 ) -> Trajectory:
     """Play one episode.
 
@@ -111,12 +132,14 @@ async def run_episode(
             the task and the budget.
         budget: tokens of the whole episode, prompt and observations included; None is no limit but the task's.
         timeout_s: for each reset and each step of the environment.
+        overall: judges the whole episode when it is over (`raytron.rl.rewards.overall`), instead of the environment.
 
     Raises ValueError for an answer that cannot be recorded, and what `generate` and `task.environment` raise.
     """
     record, sampling, environment = _Record(budget), sampling or SamplingParams(), task.environment()
     try:
         record.see(await _asked(timeout_s, environment.reset, prompt))
+        record.start = len(record.tokens)
         if record.room(1) < 1:
             raise _Failed(f"the prompt has {len(record.tokens)} tokens, which leaves none of the budget of {budget}")
         going = True
@@ -128,6 +151,8 @@ async def run_episode(
             result = await _asked(timeout_s, environment.step, answer)
             record.credit(result)
             going = not result.done and record.goes_on(result.observation)
+        if overall is not None:
+            await record.judge(overall, task, prompt)
     except _Failed as failure:
         record.reward, record.info["error"] = None, str(failure)
         if not record.tokens:

@@ -15,9 +15,10 @@ from contextlib import suppress
 from raytron.rl.buffer import Buffer, Journal
 from raytron.rl.types import Group
 
-__all__ = ["Rollouts"]
+__all__ = ["Rollouts", "why_unjudged"]
 
 LOOK_S = 0.5  # how often a wait looks whether it is to stop
+PATIENCE = 4  # batches' worth of groups in a row without one verdict, before the run ends
 
 
 class Rollouts:
@@ -34,7 +35,7 @@ class Rollouts:
 
     def __init__(self, buffer: Buffer, journal: Journal, roll: Callable[[int], Awaitable[Group]]) -> None:
         self.buffer, self.journal, self._roll = buffer, journal, roll
-        self.excluded = 0
+        self.excluded, self._in_vain = 0, 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._failure: BaseException | None = None
@@ -74,6 +75,9 @@ class Rollouts:
         group = await self._roll(index)
         self.journal.group(group)
         self.excluded += len(group.trajectories) - len(group.valid)
+        self._in_vain = 0 if group.valid else self._in_vain + 1
+        if self._in_vain >= PATIENCE * self.buffer.size:
+            raise RuntimeError(f"no answer of the last {self._in_vain} prompts could be judged: {why_unjudged(group)}")
         self.buffer.put(group)
         self.launch()  # one that is not kept makes room for another
 
@@ -82,3 +86,9 @@ class Rollouts:
         if not task.cancelled() and task.exception() is not None:
             self._failure = self._failure or task.exception()
         self._changed.set()
+
+
+def why_unjudged(*groups: Group) -> str:
+    """The first reason that groups without a verdict give."""
+    errors = (str(t.info["error"]) for group in groups for t in group.trajectories if "error" in t.info)
+    return next(errors, "no token was chosen")

@@ -12,9 +12,12 @@ import pytest
 from raytron import rl
 from raytron.actors import Session
 from raytron.config import CheckpointConfig, RunConfig
+from raytron.rl import scorers
 from raytron.rl.buffer import Journal
-from raytron.rl.config import RLConfig
+from raytron.rl.config import RewardConfig, RewardModelConfig, RLConfig
 from recipes.grpo import config as recipe
+from tests.actors.scorers import Failing
+from tests.inference.classifiers import random_classifier, scores_of
 
 
 def config(tmp_path: Path, name: str, steps: int, interval: int = 0, **more) -> RLConfig:
@@ -68,3 +71,20 @@ def test_an_asynchronous_run_learns_and_keeps_to_its_bound(cluster: Session, tmp
     seen = [r["extra"]["rollout/staleness_max"] for r in steps(tmp_path / "late")]
     assert max(seen) <= staleness
     assert np.mean(seen[5:]) > 0
+
+
+@pytest.mark.slow
+def test_a_run_is_rewarded_by_a_model_that_dies_on_the_way(cluster: Session, tmp_path: Path, monkeypatch):
+    folder, theirs = random_classifier(tmp_path / "classifier", vocabulary=13)
+    monkeypatch.setattr(scorers, "Scorer", Failing)
+    Path(folder, "fail").write_text("kill")  # at the first answers
+    model = RewardModelConfig(path=str(folder), replicas=2, cpus=0.5)
+    reward = RewardConfig(task=0.25, model=model)
+    result = rl.run(config(tmp_path, "scored", 4, prompts=4, group_size=4, reward=reward))
+    assert result.metrics["rollout/excluded_total"] == 0
+    assert not Path(folder, "fail").exists()
+    groups = list(Journal(tmp_path / "scored" / "rollouts.jsonl").recover())
+    assert len(groups) == 16
+    for t in (t for group in groups for t in group.trajectories):
+        score = scores_of(theirs, [t.tokens.tolist()])[0, 0]
+        assert t.reward == pytest.approx(score + 0.25 * t.info["task_reward"], abs=1e-4)

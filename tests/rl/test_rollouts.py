@@ -9,6 +9,7 @@ import pytest
 from raytron.rl.buffer import Buffer, Journal
 from raytron.rl.rollouts import Rollouts
 from raytron.rl.types import Group
+from tests.rl.batches import trajectory
 from tests.rl.test_buffer import group
 
 
@@ -78,3 +79,13 @@ def test_a_stop_ends_the_wait_and_cancels_what_is_under_way(tmp_path):
 
     asyncio.run(play())
     assert sorted(cancelled) == [0, 1]
+
+
+def test_a_run_whose_answers_nobody_can_judge_ends(tmp_path):
+    async def roll(index: int) -> Group:
+        return Group(index, (trajectory("##", None),))
+
+    rollouts = Rollouts(Buffer(2, 3), journal_of(tmp_path), roll)
+    with pytest.raises(RuntimeError, match="no answer of the last 8 prompts could be judged"):
+        asyncio.run(rollouts.next_batch())
+    assert rollouts.excluded >= 8

@@ -23,7 +23,8 @@ class Prompt:
 
     index: its place in the run's order of prompts. token_ids: what the model is given. answer: what the task's own
     judge compares with (a text, tokens, tests, ...). text: of the prompt, where the judge or a person reads it.
-    solution: a right answer's tokens, end token included, where the task knows one: what a warm start learns.
+    solution: a right answer's tokens, end token included, where the task knows one: what a warm start learns. question:
+    what is asked, without the policy's chat template around it, where `text` has one.
     """
 
     index: int
@@ -31,6 +32,12 @@ class Prompt:
     answer: Any = None
     text: str | None = None
     solution: tuple[int, ...] | None = None
+    question: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """The question as another model should read it."""
+        return (self.text or "") if self.question is None else self.question
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from raytron.rl.environments.base import Generated, Judge, Prompt, Verdict
 
-__all__ = ["PerLoop", "Reward", "Weighted", "judged"]
+__all__ = ["Overall", "PerLoop", "Reward", "Weighted", "judged", "overall"]
 
 T = TypeVar("T")
 
@@ -63,6 +63,32 @@ def judged(reward: Reward, timeout_s: float = 60.0, concurrency: int | None = No
         return Verdict(value) if math.isfinite(value) else Verdict(None, f"{name}: the reward is {value}")
 
     return judge
+
+
+class Overall(Protocol):
+    """Judges an episode when it is over. Cannot raise.
+
+    answer: all that followed the prompt, what the environment said in between included. own: the reward that the
+    environment gave, None where it could not judge.
+    """
+
+    async def __call__(self, prompt: Prompt, answer: Generated, own: float | None) -> Verdict: ...
+
+
+def overall(reward: Reward, weight: float = 0.0, timeout_s: float = 600.0) -> Overall:
+    """`reward` plus `weight` x the environment's own, which is not asked for where its weight is 0.
+
+    As in `judged`, what fails or takes longer than `timeout_s` is no verdict.
+    """
+    judge = judged(reward, timeout_s)
+
+    async def total(prompt: Prompt, answer: Generated, own: float | None) -> Verdict:
+        if weight and own is None:
+            return Verdict(None)  # the environment has said why
+        verdict = await judge(prompt, answer)
+        return Verdict(verdict.reward + weight * own) if weight and verdict.reward is not None else verdict
+
+    return total
 
 
 class Weighted:

@@ -72,7 +72,7 @@ class LLMJudge:
         self._client = PerLoop(lambda: httpx.AsyncClient(headers=headers, timeout=timeout_s))
 
     async def __call__(self, prompt: Prompt, answer: Generated) -> float:
-        question = self._template.format(prompt=prompt.text, answer=prompt.answer, response=answer.text)
+        question = self._template.format(prompt=prompt.asked, answer=prompt.answer, response=answer.text)
         return self._score(await self._reply(question))
 
     def _score(self, reply: str) -> float:
