@@ -34,7 +34,7 @@ from raytron.actors.placement import CapacityError
 from raytron.actors.replica import bundles, start_engine
 from raytron.actors.rollout_engine import Done, RolloutEngine, Start, Started
 from raytron.config import EngineConfig, FailureConfig
-from raytron.inference import EngineFailed, Request, SamplingParams, Stats
+from raytron.inference import EngineFailed, Pushed, Request, SamplingParams, Stats
 from raytron.inference.launch import check_layout
 from raytron.inference.types import PauseMode
 
@@ -96,6 +96,7 @@ class RolloutGroup:
     Attributes:
         fleet: health and versions of the engines.
         on_stale: asked to bring the current weights to an engine that was started again; set by `WeightSync`.
+        on_state: told what an engine does from now on: "generating", "updating", "idle", "restarting" or "lost".
 
     Raises:
         ValueError: no engines, or a model that cannot be cut to an engine's layout.
@@ -122,6 +123,8 @@ class RolloutGroup:
         failures = failures or FailureConfig(max_failures=3)
         self.fleet = Fleet(len(engines), failures.max_failures, None if awaits else 0)
         self.on_stale: Callable[[int], Awaitable[None]] | None = None
+        self.on_state: Callable[[int, str], None] | None = None
+        self._updating = [0] * len(engines)
         self._balancer = Balancer(len(engines))
         self._groups: list[PlacementGroup] = []
         self._actors: list[Any] = [None] * len(engines)
@@ -185,6 +188,7 @@ class RolloutGroup:
     def _run(self, engine: int, started: Started) -> None:
         self._started[engine] = started
         self.fleet.started(engine, started.version)
+        self._tell(engine)
         self._tasks.append(asyncio.ensure_future(self._attend(engine)))
         self._dispatch_soon()
 
@@ -212,6 +216,7 @@ class RolloutGroup:
         log.warning("rollout engine %d failed: %s", engine, reason)
         while True:
             again = self.fleet.failed(engine, reason)
+            self._tell(engine)
             self._requeue(engine)
             ray.kill(self._actors[engine])
             if not again:
@@ -299,6 +304,7 @@ class RolloutGroup:
                 batches.setdefault(pending.engine, []).append(pending.request)
         for engine, requests in batches.items():
             self._actors[engine].submit.remote(requests)
+            self._tell(engine)
 
     def _deliver(self, engine: int, done: Sequence[Done]) -> None:
         for id, tokens, logprobs, versions, reason, cached, invalid in done:
@@ -312,6 +318,7 @@ class RolloutGroup:
                 pending.future.set_exception(ValueError(invalid))
             else:
                 pending.future.set_result(Generated(tokens, logprobs, versions, reason, engine, cached))
+        self._tell(engine)
 
     def _requeue(self, engine: int) -> None:
         """Issue again what a failed engine had."""
@@ -337,6 +344,7 @@ class RolloutGroup:
         if self._pending.pop(pending.request.id, None) is not None and pending.engine is not None:
             self._balancer.done(pending.engine, pending.cost)
             self._actors[pending.engine].abort.remote([pending.request.id])
+            self._tell(pending.engine)
 
     # ------------------------------------------------------------------------------------------------- all the engines
 
@@ -353,6 +361,24 @@ class RolloutGroup:
         """An engine has confirmed weights; if it was STALE it may be given requests now."""
         self.fleet.updated(engine, version)
         self._dispatch_soon()
+
+    async def update(self, engine: int, weights: Pushed | str, mode: PauseMode, version: int) -> tuple[int, int | None]:
+        """Have an engine take new weights; see `RolloutEngine.update`, and `call` for what it raises."""
+        self._updating[engine] += 1
+        self._tell(engine)
+        try:
+            return await self.call(engine, "update", weights, mode, version)
+        finally:
+            self._updating[engine] -= 1
+            self._tell(engine)
+
+    def _tell(self, engine: int) -> None:
+        """Tell whoever wants to know what the engine does now."""
+        if self.on_state is not None:
+            health = self.fleet.states[engine].health
+            working = "generating" if self._balancer.outstanding[engine] else "idle"
+            what = "updating" if self._updating[engine] else working
+            self.on_state(engine, what if self._runs(engine) else "lost" if health is Health.LOST else "restarting")
 
     def call(self, engine: int, method: str, *args: Any) -> Coroutine[Any, Any, Any]:
         """A method of an engine's actor. Raises EngineFailed when that is gone, else what the method raises."""

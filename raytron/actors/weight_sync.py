@@ -292,7 +292,7 @@ class WeightSync:
         """Have an engine take the push in; whether it did, or has died."""
         state, rollouts = self._state, self._rollouts
         try:
-            await self._confirmed(engine, rollouts.call(engine, "update", self._pushed(engine), mode, state.version))
+            await self._confirmed(engine, rollouts.update(engine, self._pushed(engine), mode, state.version))
         except (EngineFailed, GaveUp) as error:  # it is being replaced
             log.warning("rollout engine %d failed during a push: %s", engine, error)
             return False

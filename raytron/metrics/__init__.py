@@ -19,6 +19,8 @@ from raytron.metrics.sinks import (
     TensorBoardSink,
     WandbSink,
 )
+from raytron.metrics.timeline import Span, Timeline, read_timeline, shares
+from raytron.metrics.timeline_page import timeline_page, timeline_png
 
 __all__ = [
     "EvalRecord",
@@ -29,10 +31,16 @@ __all__ = [
     "PrometheusSink",
     "Record",
     "Sink",
+    "Span",
     "StepRecord",
     "TensorBoardSink",
+    "Timeline",
     "WandbSink",
     "loss_curve_png",
     "read_records",
+    "read_timeline",
+    "shares",
     "summary_table",
+    "timeline_page",
+    "timeline_png",
 ]

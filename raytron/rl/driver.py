@@ -12,7 +12,8 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,16 @@ from raytron.actors.runs import RunFolder, stop_requests
 from raytron.actors.weight_sync import WeightSync
 from raytron.config import FailureConfig, RunConfig, ScalingConfig
 from raytron.inference.types import SamplingParams
-from raytron.metrics import EvalRecord, MetricsWriter, StepRecord
+from raytron.metrics import (
+    EvalRecord,
+    MetricsWriter,
+    StepRecord,
+    Timeline,
+    read_timeline,
+    shares,
+    timeline_page,
+    timeline_png,
+)
 from raytron.models.registry import resolve
 from raytron.parallel.mesh import Mesh
 from raytron.rl.algorithms import make
@@ -50,6 +60,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 USER_ERRORS = ("ValueError", "DamagedFile", "CoverageError", "TrainingStopped")  # starting again would not mend them
+TIMELINE = "timeline.json"
 
 
 def run(
@@ -138,24 +149,14 @@ class _Run:
             self.saved = version
             if version:
                 self._say(f"continuing from step {version} of {checkpoints}", style="")
-            journal = Journal(self.folder.path / "rollouts.jsonl")
-            buffer = Buffer(
-                config.prompts,
-                config.steps,
-                config.max_staleness,
-                self.algorithm.keep,
-                least=min(2, config.group_size),
-                version=version,
-            )
-            for group in journal.recover():
-                buffer.put(group)
-            buffer.forget_trained()
-            scoring = self.scorers.running(session.wait_s)
-            async with self._engines(session.wait_s) as engines, scoring as self.overall:
+            journal, buffer = self._books(version)
+            engines, scoring = self._engines(session.wait_s), self.scorers.running(session.wait_s)
+            async with self._watched(engines, version), engines, scoring as self.overall:
                 sync = WeightSync(engines, trainers.policy, str(self.folder.path))
                 rollouts = Rollouts(buffer, journal, partial(self._roll, engines))
                 try:
-                    await sync.push(version)
+                    with self.timeline.span("push", "sync", step=version):
+                        await sync.push(version)
                     with MetricsWriter(self.folder.sinks(config, self.console, version)) as writer:
                         await self._loop(trainers, rollouts, engines, sync, writer, stop)
                 finally:
@@ -163,6 +164,34 @@ class _Run:
                     journal.close()
                     await sync.close()
             return trainers.latest()
+
+    def _books(self, version: int) -> tuple[Journal, Buffer]:
+        """What has been rolled out so far, and what of it is still to be trained on."""
+        config, journal = self.config, Journal(self.folder.path / "rollouts.jsonl")
+        buffer = Buffer(
+            config.prompts,
+            config.steps,
+            config.max_staleness,
+            self.algorithm.keep,
+            least=min(2, config.group_size),
+            version=version,
+        )
+        for group in journal.recover():
+            buffer.put(group)
+        buffer.forget_trained()
+        return journal, buffer
+
+    @asynccontextmanager
+    async def _watched(self, engines: RolloutGroup, version: int) -> AsyncIterator[None]:
+        """Have the timeline record who works when."""
+        lanes = [f"engine {engine}" for engine in range(len(engines.configs))]
+        lanes += ["trainer", "push", "evaluation", "saves"]
+        with Timeline(self.folder.path / TIMELINE, keep=version > 0, lanes=lanes) as self.timeline:
+            engines.on_state = lambda engine, what: self.timeline.state(lanes[engine], None if what == "idle" else what)
+            try:
+                yield
+            finally:
+                engines.on_state = None
 
     async def _loop(
         self,
@@ -175,7 +204,7 @@ class _Run:
     ) -> None:
         config, buffer = self.config, rollouts.buffer
         while buffer.version < config.steps and not stop.is_set():
-            phases = Phases()
+            phases = Phases(self.timeline, buffer.version + 1)
             with phases("rollout"):
                 groups = await rollouts.next_batch(stop.is_set)
             if groups is None:
@@ -197,7 +226,7 @@ class _Run:
         if not stop.is_set() and (self.evaluated is None or self.evaluated.step < buffer.version):
             await self._evaluate(engines, writer, buffer.version)
         if self.saved != buffer.version:
-            await trainers.save(wait=True)
+            await self._save(trainers, buffer.version, wait=True)
 
     def _engines(self, wait_s: float) -> RolloutGroup:
         """The engines, not yet started. Weights come by the first push, all else from a directory without any."""
@@ -247,17 +276,22 @@ class _Run:
         if evaluate_every and version % evaluate_every == 0:
             await self._evaluate(engines, writer, version)
         if save_every and version % save_every == 0:
-            await trainers.save()
-            self.saved = version
+            await self._save(trainers, version)
+
+    async def _save(self, trainers: Trainers, version: int, wait: bool = False) -> None:
+        with self.timeline.span("saves", "save", step=version):
+            await trainers.save(wait)
+        self.saved = version
 
     async def _evaluate(self, engines: RolloutGroup, writer: MetricsWriter, version: int) -> None:
         """The task's evaluation prompts, with seeds of their own."""
         options = self.config.evaluation
         prompts = self.task.evaluation()[: options.prompts]
         seed = self.config.seed + 1
-        groups = await asyncio.gather(
-            *(self._group(engines, prompt, options.samples, seed, options.temperature) for prompt in prompts)
-        )
+        with self.timeline.span("evaluation", "evaluate", step=version):
+            groups = await asyncio.gather(
+                *(self._group(engines, prompt, options.samples, seed, options.temperature) for prompt in prompts)
+            )
         judged = [group for group in groups if group.valid]
         if not judged:
             self._say(f"no answer of the evaluation could be judged: {why_unjudged(*groups)}")
@@ -290,13 +324,23 @@ class _Run:
             files |= {"reward curve": picture, "metrics": file, "run": folder}
             page = folder / "transcripts.html"
             files |= {"transcripts": page} if page.exists() else {}
-            args = (self.config.run.name, self.first, self.last, self.evaluated, wall_s, files)
+            files |= {"timeline": folder / "timeline.html"}
+            args = (self.config.run.name, self.first, self.last, self.evaluated, wall_s, self._timeline(), files)
             self.console.print(summary(*args))
             metrics = {k: v for k, v in vars(self.last).items() if not isinstance(v, dict | tuple)} | self.last.extra
         if self.evaluated is not None:
             metrics |= {f"eval/{name}": value for name, value in self.evaluated.extra.items()}
         self.folder.upload()
         return result(metrics, checkpoint, str(self.folder.storage))
+
+
+    def _timeline(self) -> dict[str, dict[str, float]]:
+        """Draw the timeline; the share of the time that each lane was busy."""
+        folder, name = self.folder.path, self.config.run.name
+        spans = read_timeline(folder / TIMELINE)
+        timeline_page(spans, folder / "timeline.html", title=name)
+        timeline_png(spans, folder / "timeline.png", title=name)
+        return shares(spans)
 
 
 def _architecture(config: RLConfig, task: Task) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytron.metrics import EvalRecord, StepRecord, read_records
+from raytron.metrics import EvalRecord, StepRecord, Timeline, read_records
 from raytron.rl.statistics import effective_share, statistics
 from raytron.rl.types import Batch, Group
 
@@ -19,17 +20,21 @@ if TYPE_CHECKING:
 __all__ = ["Phases", "reward_curve_png", "step_record", "summary"]
 
 
-class Phases:
-    """Wall seconds of a step by phase: what the driver waited for, in turn."""
+LANES = {"score": "trainer", "train": "trainer", "sync": "push"}
 
-    def __init__(self) -> None:
+
+class Phases:
+    """Wall seconds of a step by phase: what the driver waited for, in turn. Those with a lane are on the timeline."""
+
+    def __init__(self, timeline: Timeline, step: int) -> None:
         self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
+        self._timeline, self._step, self._start = timeline, step, time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
+        start, lane = time.perf_counter(), LANES.get(name)
+        with self._timeline.span(lane, name, step=self._step) if lane else nullcontext():
+            yield
         self.seconds[name] = time.perf_counter() - start
 
     @property
@@ -112,9 +117,10 @@ def summary(
     last: StepRecord,
     evaluated: EvalRecord | None,
     wall_s: float,
+    busy: Mapping[str, Mapping[str, float]],
     files: Mapping[str, Any],
 ) -> Table:
-    """The table printed at the end of a run; `files` maps what ("model") to where."""
+    """The table printed at the end of a run; `busy` is `metrics.shares`, `files` maps what ("model") to where."""
     from rich.table import Table
 
     from raytron.metrics.progress import short_time
@@ -130,8 +136,20 @@ def summary(
     phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in last.phases_s.items())
     table.add_row("last step", f"{last.step_time_s:.2f} s: {phases}")
     table.add_row("trainer's bits", f"{last.extra['policy/bit_equal']:.1%} of the engines' log-probabilities")
+    table.add_row("busy", _busy(busy))
     table.add_row("wall time", short_time(wall_s))
     table.add_section()
     for what, where in files.items():
         table.add_row(what, str(where))
     return table
+
+
+def _busy(shares: Mapping[str, Mapping[str, float]]) -> str:
+    """Shares of the time in a line; of all engines together."""
+    engines = [of for lane, of in shares.items() if lane.startswith("engine")]
+    together = Counter[str]()
+    for of in engines:
+        together.update({name: share / len(engines) for name, share in of.items()})
+    lanes = {"engines": together, **{lane: of for lane, of in shares.items() if not lane.startswith("engine")}}
+    told = (", ".join(f"{name} {share:.0%}" for name, share in of.items()) for of in lanes.values())
+    return "; ".join(f"{lane} {what}" for lane, what in zip(lanes, told, strict=True) if what)

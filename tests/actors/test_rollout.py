@@ -139,8 +139,9 @@ def test_what_can_never_be_answered_is_that_requests_error(cluster: Session, fol
 
 def test_requests_of_a_killed_engine_are_issued_again_and_the_engine_comes_back(cluster: Session, folder, expected):
     async def main() -> None:
-        configs = [config(folder), config(folder)]
+        configs, states = [config(folder), config(folder)], []
         async with RolloutGroup(configs, EACH, failures=FailureConfig(max_failures=2)) as group:
+            group.on_state = lambda engine, what: states.append((engine, what))
             answers = asyncio.ensure_future(all_of(group))
             await asyncio.sleep(0)  # they are on their way
             os.kill(group._started[0].pid, signal.SIGKILL)
@@ -150,6 +151,9 @@ def test_requests_of_a_killed_engine_are_issued_again_and_the_engine_comes_back(
             assert group.fleet.failures == 1
             assert await all_of(group) == expected
             assert (await group.stats())[0].finished > 0
+            assert {what for engine, what in states if engine == 0} == {"generating", "restarting", "idle"}
+            assert {what for engine, what in states if engine == 1} == {"generating", "idle"}
+            assert dict(states) == {0: "idle", 1: "idle"}
 
     run(main)
 

@@ -12,6 +12,7 @@ import pytest
 from raytron import rl
 from raytron.actors import Session
 from raytron.config import CheckpointConfig, RunConfig
+from raytron.metrics import read_timeline
 from raytron.rl import scorers
 from raytron.rl.buffer import Journal
 from raytron.rl.config import RewardConfig, RewardModelConfig, RLConfig
@@ -46,6 +47,14 @@ def test_a_run_resumes_bit_for_bit_and_keeps_its_books(cluster: Session, tmp_pat
     assert [same_numbers(r) for r in steps(tmp_path / "cut")] == [same_numbers(r) for r in records]
     page = (tmp_path / "cut" / "transcripts.html").read_text()
     assert all(f'id="step-{step}"' in page for step in (1, 5))
+    spans = read_timeline(tmp_path / "cut" / "timeline.json")
+    trained = [(span.start_of, span.args["step"]) for span in spans if span.name == "train"]
+    assert trained == [(1 + (step > 4), step) for step in range(1, 10)]
+    assert {"generating", "updating"} == {span.name for span in spans if span.lane == "engine 0"}
+    assert {"evaluation", "push", "saves", "trainer", "engine 0"} == {span.lane for span in spans}
+    assert {file.name for file in (tmp_path / "cut").glob("timeline.*")} == {
+        "timeline.html", "timeline.json", "timeline.png"
+    }  # fmt: skip
     journal = Journal(tmp_path / "cut" / "rollouts.jsonl")
     groups = {group.index: group for group in journal.recover()}
     trained = [index for step in sorted(journal._steps) for index in journal._steps[step]]
