@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raytron.actors import CapacityError, Session, TrainerGroup, WorkerError, from_ray_train, result
-from raytron.actors.placement import Node, cluster, room
+from raytron.actors.placement import Node, cluster, ranks_that_fit
 from raytron.actors.runs import RunFolder, stop_requests
 from raytron.actors.trainer import resources
 from raytron.config import PretrainConfig, RunConfig, ScalingConfig
@@ -255,7 +255,7 @@ def fitting_dp(config: PretrainConfig, nodes: Sequence[Node]) -> int:
     """
     low, high = config.scaling.bounds
     unit = config.parallel.tp * config.parallel.pp
-    free = sum(room(node.available, resources(config.scaling)) for node in nodes)
+    free = ranks_that_fit(nodes, resources(config.scaling), config.parallel.tp)
     for workers in range(min(high, free) // unit * unit, low - 1, -unit):
         if config.global_batch_size % (workers // unit * config.micro_batch_size) == 0:
             return workers // unit

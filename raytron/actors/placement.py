@@ -15,7 +15,7 @@ import ipaddress
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
@@ -23,7 +23,21 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytron.parallel.mesh import Mesh
 
-__all__ = ["CapacityError", "Node", "Placement", "Request", "Seat", "assign", "choose", "place", "room", "shortage"]
+__all__ = [
+    "CapacityError",
+    "Node",
+    "Placement",
+    "Request",
+    "Seat",
+    "assign",
+    "choose",
+    "cluster",
+    "place",
+    "ranks_that_fit",
+    "room",
+    "shortage",
+    "without",
+]
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +80,27 @@ class Seat:
 def room(free: Resources, each: Resources) -> int:
     """How many ranks that need `each` fit in `free`."""
     return min((int(free.get(name, 0) / need + 1e-9) for name, need in each.items() if need > 0), default=2**31)
+
+
+def ranks_that_fit(nodes: Sequence[Node], each: Resources, tp: int = 1) -> int:
+    """How many ranks that need `each` fit in what is free now; those of a tensor-parallel group share a node if any
+    node could hold them."""
+    if max((room(node.total, each) for node in nodes), default=0) < tp:
+        tp = 1
+    return sum(room(node.available, each) // tp * tp for node in nodes)
+
+
+def without(nodes: Sequence[Node], bundles: Sequence[Resources]) -> tuple[Node, ...]:
+    """The nodes as they are once `bundles` have found a place, the largest first and each on the first that holds it.
+
+    One that fits nowhere takes nothing: whoever places it will say so.
+    """
+    free = [dict(node.available) for node in nodes]
+    for bundle in sorted(bundles, key=lambda bundle: sorted(bundle.values()), reverse=True):
+        if (there := next((one for one in free if room(one, bundle)), None)) is not None:
+            for name, need in bundle.items():
+                there[name] = there.get(name, 0) - need
+    return tuple(replace(node, available=left) for node, left in zip(nodes, free, strict=True))
 
 
 def choose(mesh: Mesh, each: Resources, nodes: Sequence[Node], strategy: str = "PACK") -> tuple[Request, ...]:

@@ -12,7 +12,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,8 +22,11 @@ import numpy as np
 from rich.console import Console
 
 from raytron.actors import Session, WorkerError, from_ray_train, result
+from raytron.actors.placement import Node, cluster, ranks_that_fit, without
+from raytron.actors.replica import bundles
 from raytron.actors.rollout import RolloutGroup
 from raytron.actors.runs import RunFolder, stop_requests
+from raytron.actors.trainer import resources
 from raytron.actors.weight_sync import WeightSync
 from raytron.config import FailureConfig, RunConfig, ScalingConfig
 from raytron.inference.types import SamplingParams
@@ -41,7 +44,7 @@ from raytron.models.registry import resolve
 from raytron.parallel.mesh import Mesh
 from raytron.rl.algorithms import make
 from raytron.rl.buffer import Buffer, Journal
-from raytron.rl.config import RLConfig
+from raytron.rl.config import RLConfig, RolloutConfig
 from raytron.rl.environments import Prompt, Task
 from raytron.rl.episodes import run_group
 from raytron.rl.report import Phases, reward_curve_png, step_record, summary
@@ -120,11 +123,22 @@ class _Run:
         self.folder.describe(self.config)
         self.tokenizer = self.folder.path / "tokenizer"
         self.task.save_tokenizer(self.tokenizer)
-        rollout, trainers = self.config.rollout, self.mesh.size * (1 + self.algorithm.needs_critic)
-        others = rollout.engines * rollout.engine.tp * rollout.engine.pp * rollout.cpus + self.scorers.slots
-        with Session(trainers + math.ceil(others)) as session, stop_requests() as stop:
+        groups = 1 + self.algorithm.needs_critic
+        others = [*_engine_bundles(self.config.rollout), *self.scorers.bundles]
+        slots = self.mesh.size * groups + math.ceil(sum(bundle.get("CPU", 0) for bundle in others))
+        with Session(slots) as session, stop_requests() as stop:
+            self.mesh = replace(self.mesh, dp=fitting_dp(self.config, groups, others, cluster()))
+            self._announce()
             checkpoint = self._attempts(session, stop)
         return self._finish(checkpoint, time.perf_counter() - start)
+
+    def _announce(self) -> None:
+        """How many ranks train, where that was not given."""
+        (low, high), mesh = self.config.scaling.bounds, self.mesh
+        if low < high:
+            self._say(
+                f"training on {mesh.size} ranks, of {low} to {high}: dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp}", ""
+            )
 
     def _attempts(self, session: Session, stop: threading.Event) -> str | None:
         """Run until done or stopped, from the newest checkpoint after every failure that is still allowed."""
@@ -242,7 +256,7 @@ class _Run:
             reproducible=self.config.reproducible or rollout.engine.reproducible,
             logprobs="processed",
         )
-        each = {"CPU": rollout.cpus, "GPU": rollout.gpus}
+        each = _each(rollout)
         failures = FailureConfig(max_failures=rollout.max_restarts)
         more = {"failures": failures, "timeout_s": rollout.engine_timeout_s, "wait_s": wait_s}
         return RolloutGroup([engine] * rollout.engines, each, **more)
@@ -333,7 +347,6 @@ class _Run:
         self.folder.upload()
         return result(metrics, checkpoint, str(self.folder.storage))
 
-
     def _timeline(self) -> dict[str, dict[str, float]]:
         """Draw the timeline; the share of the time that each lane was busy."""
         folder, name = self.folder.path, self.config.run.name
@@ -355,3 +368,28 @@ def _architecture(config: RLConfig, task: Task) -> Any:
         )
     return arch
 
+
+def _each(rollout: RolloutConfig) -> dict[str, float]:
+    """What one rank of an engine reserves."""
+    return {"CPU": rollout.cpus, "GPU": rollout.gpus}
+
+
+def _engine_bundles(rollout: RolloutConfig) -> list[dict[str, float]]:
+    """What the engines reserve, each bundle on one node."""
+    return bundles(rollout.engine, _each(rollout)) * rollout.engines
+
+
+def fitting_dp(config: RLConfig, groups: int, others: Sequence[Mapping[str, float]], nodes: Sequence[Node]) -> int:
+    """The largest dp that `scaling.num_workers` allows and that finds seats beside the engines.
+
+    Args:
+        groups: trainer groups of that size: the policy's, and a critic's.
+        others: bundles of what takes seats besides them.
+
+    Where not even the fewest ranks fit it is that of the most: placing them says what was asked and what is there.
+    """
+    low, high = config.scaling.bounds
+    unit = config.parallel.tp * config.parallel.pp
+    free = ranks_that_fit(without(nodes, others), resources(config.scaling), config.parallel.tp) // groups
+    workers = min(high, free) // unit * unit
+    return (workers if workers >= low else high) // unit

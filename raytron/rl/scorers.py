@@ -24,7 +24,7 @@ class Scorers:
         reward: one's own, with weight 1; besides what the configuration names.
 
     Attributes:
-        slots: CPU slots that its actors take.
+        bundles: resources that each replica of a reward model takes.
 
     Raises:
         ValueError: no such model or label, a template without an answer in it, another vocabulary than the task's.
@@ -33,12 +33,12 @@ class Scorers:
     def __init__(self, config: RLConfig, task: Task, reward: Reward | None = None) -> None:
         self._config, self._reproducible = config.reward, config.reproducible
         model, judge = self._config.model, self._config.judge
-        self.slots = 0.0
+        self.bundles: list[dict[str, float]] = []
         self._parts: list[tuple[float, Reward]] = [] if reward is None else [(1.0, reward)]
         if judge.url is not None:
             self._parts.append((judge.weight, _judge(judge)))
         if model.path is not None:
-            self.slots = model.replicas * model.tp * model.cpus
+            self.bundles = [{"CPU": model.tp * model.cpus, "GPU": model.tp * model.gpus}] * model.replicas
             self._arch, self._read = read_arch(model.path), reader(model.path, model.template)
             self._label = chosen_label(model.path, self._arch, model.label)
             if model.template is None and self._arch.vocab_size < task.vocab_size:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytron.actors import ActorGroup, CapacityError, Session
-from raytron.actors.placement import Node, assign, choose, place, room, shortage
+from raytron.actors.placement import Node, assign, choose, place, ranks_that_fit, room, shortage, without
 from raytron.parallel import Mesh
 
 CPU = {"CPU": 1.0}
@@ -138,3 +138,24 @@ def test_a_unit_is_one_placement_group_with_a_bundle_per_tp_group(cluster: Sessi
         assert placement.groups[0].bundle_specs == [{"CPU": 1.0}]
     finally:
         placement.remove()
+
+
+def node(name: str, cpus: float, free: float, **more: float) -> Node:
+    return Node(name, name, {"CPU": cpus, **more}, {"CPU": free, **more})
+
+
+def test_ranks_that_fit_share_a_node_with_their_tp_group():
+    nodes = [node("a", 8, 7), node("b", 8, 3)]
+    assert ranks_that_fit(nodes, {"CPU": 1}) == 10
+    assert ranks_that_fit(nodes, {"CPU": 2}) == 4
+    assert ranks_that_fit(nodes, {"CPU": 1}, tp=4) == 4
+    assert ranks_that_fit(nodes, {"CPU": 1}, tp=16) == 10  # no node could ever hold such a group
+    assert ranks_that_fit([], {"CPU": 1}) == 0
+
+
+def test_what_others_take_is_not_free():
+    nodes = (node("a", 8, 4, GPU=1.0), node("b", 8, 8, GPU=2.0))
+    left = without(nodes, [{"CPU": 1.0}, {"CPU": 6.0, "GPU": 2.0}, {"CPU": 100.0}])
+    assert [dict(one.available) for one in left] == [{"CPU": 3, "GPU": 1}, {"CPU": 2, "GPU": 0}]
+    assert nodes[0].available == {"CPU": 4, "GPU": 1.0}
+    assert without(nodes, []) == nodes

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from raytron import rl
-from raytron.actors import Session
-from raytron.config import CheckpointConfig, RunConfig
+from raytron.actors import Session, placement
+from raytron.actors.placement import Node
+from raytron.config import CheckpointConfig, RunConfig, ScalingConfig
 from raytron.metrics import read_timeline
 from raytron.rl import scorers
 from raytron.rl.buffer import Journal
 from raytron.rl.config import RewardConfig, RewardModelConfig, RLConfig
+from raytron.rl.driver import fitting_dp
 from recipes.grpo import config as recipe
 from tests.actors.scorers import Failing
 from tests.inference.classifiers import random_classifier, scores_of
@@ -97,3 +99,29 @@ def test_a_run_is_rewarded_by_a_model_that_dies_on_the_way(cluster: Session, tmp
     for t in (t for group in groups for t in group.trajectories):
         score = scores_of(theirs, [t.tokens.tolist()])[0, 0]
         assert t.reward == pytest.approx(score + 0.25 * t.info["task_reward"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "groups", "free", "dp"),
+    [
+        ({"num_workers": (1, 8)}, 1, 6, 4),  # engines take two
+        ({"num_workers": (1, 8)}, 2, 6, 2),  # a critic beside the policy
+        ({"num_workers": (1, 3)}, 1, 64, 3),
+        ({"num_workers": (3, 8)}, 1, 4, 8),  # not even the fewest: asked for as a whole, and refused
+        ({"num_workers": 8}, 1, 4, 8),
+        ({"num_workers": (1, 8), "resources_per_worker": {"CPU": 2.0}}, 1, 8, 3),
+    ],
+)
+def test_as_many_ranks_train_as_find_seats_beside_the_engines(options, groups, free, dp):
+    nodes = [Node("a", "a", {"CPU": 64.0}, {"CPU": float(free)})]
+    config = replace(recipe, scaling=ScalingConfig(**options))
+    assert fitting_dp(config, groups, [{"CPU": 1.0}] * 2, nodes) == dp
+
+
+@pytest.mark.slow
+def test_a_run_of_a_range_of_ranks_takes_what_there_is(cluster: Session, tmp_path: Path, capsys):
+    scaling = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 3.0})
+    wanted = min(4, int((sum(node.available["CPU"] for node in placement.cluster()) - 1) // 3))
+    result = rl.run(config(tmp_path, "range", 3, prompts=4, group_size=4, scaling=scaling))
+    assert f"training on {wanted} ranks, of 1 to 4" in capsys.readouterr().out
+    assert result.metrics["consumed_samples"] == 48
