@@ -28,6 +28,7 @@ __all__ = [
     "EvalConfig",
     "FailureConfig",
     "GuardConfig",
+    "LoRAConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -68,6 +69,44 @@ class Typed:
             object.__setattr__(self, name, _convert(hint, getattr(self, name), f"{type(self).__name__}.{name}"))
 
 
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a decoder's block, by their Hugging Face names."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig(Typed):
+    """Low-rank adapters (Hu et al. 2021): W stays as it is, and what is trained is B A beside it, of a small rank."""
+
+    rank: int = 0
+    """Of B A, PEFT's r; 0 trains the whole model instead."""
+    alpha: float = 16.0
+    """B A counts alpha / rank, PEFT's lora_alpha."""
+    target_modules: tuple[
+        Literal["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...
+    ] = ("all-linear",)
+    """Which linear layers have adapters; all-linear is all of a block's."""
+    rslora: bool = False
+    """B A counts alpha / sqrt(rank) (Kalajdzievski 2023), PEFT's use_rslora."""
+    path: str | None = None
+    """Directory in PEFT's format whose adapters to begin with; the fields above are then what it says."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.rank >= 0, f"lora.rank is {self.rank}; it must be at least 1, or 0 for no adapters")
+        _require(self.alpha > 0 and math.isfinite(self.alpha), f"lora.alpha is {self.alpha}; it must be positive")
+        _require(bool(self.target_modules), "lora.target_modules is empty; name layers, all-linear, or set lora.rank 0")
+
+    @property
+    def scale(self) -> float:
+        """What B A counts."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the layers that have adapters, in the order of a block."""
+        return tuple(name for name in LINEAR if name in self.target_modules or "all-linear" in self.target_modules)
+
+
 @dataclass(frozen=True)
 class ModelConfig(Typed):
     """Which model: a preset (`raytron models` lists them) or a Hugging Face directory, and what to change in it."""
@@ -78,6 +117,7 @@ class ModelConfig(Typed):
     """Hugging Face directory to start from, weights included; overrules `preset`."""
     overrides: dict[str, int | float | bool | str] = field(default_factory=dict)
     """Fields of the architecture to change, by their Hugging Face names: `num_hidden_layers 4 hidden_size 256`."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 
 @dataclass(frozen=True)
@@ -364,6 +404,8 @@ class EngineConfig(Typed):
     temperature, penalties and filters."""
     weights: Literal["read", "await"] = "read"
     """await: start without reading any; nothing is answered before a first update has brought all of them."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters beside the model's weights; the native engine only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -375,6 +417,11 @@ class EngineConfig(Typed):
             f"engine.max_model_len is {self.max_model_len}; it must be at least 2",
         )
         _require(self.threads is None or self.threads >= 1, "engine.threads must be at least 1")
+        _require(
+            self.engine == "native" or not (self.lora.rank or self.lora.path),
+            "engine.lora is what the native engine does; give vllm a model with the adapters merged into it, as the "
+            "model folder of every checkpoint is",
+        )
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,10 @@ from raytron.checkpoint.huggingface import small_files
 from raytron.checkpoint.publisher import Outgoing, Published
 from raytron.checkpoint.storage import Storage
 from raytron.inference import EngineFailed, Pushed, WeightUpdateError
-from raytron.inference.engine import model_dtype
+from raytron.inference.engine import engine_arch, model_dtype
 from raytron.inference.types import PauseMode
-from raytron.models import build, read_arch
+from raytron.models import build
+from raytron.models.adapters import resolve_lora
 from raytron.parallel.changes import Receiver
 from raytron.parallel.checksum import combine, fold
 from raytron.parallel.collectives import GaveUp
@@ -52,8 +53,8 @@ log = logging.getLogger(__name__)
 class Trainer(Protocol):
     """The side that has the weights: an `ActorGroup` whose engines have the methods of `Publisher` that are called.
 
-    `connect_publisher(directories, nodes, dtype)`, `publish(turn, delta)` and `outgoing(node, message, delta)`, each
-    passed on to the rank's `Publisher` (the first to `connect`).
+    `connect_publisher(directories, nodes, dtype, adapters)`, `publish(turn, delta)` and `outgoing(node, message,
+    delta)`, each passed on to the rank's `Publisher` (the first to `connect`).
     """
 
     where: Sequence[Where]
@@ -80,7 +81,8 @@ class LocalTrainer:
 
 @dataclass(frozen=True)
 class PushReport:
-    """One push. nbytes: of the model, in the engines' dtype. checksum: `checksum.fold` of what all of them now hold.
+    """One push. nbytes: of what was pushed, in the engines' dtype: the model, or once that is there its adapters.
+    checksum: `checksum.fold` of all that the engines now hold.
 
     seconds: "publish" (the trainer writes), "send" (to other nodes), "update" (engines take it in), "total". engines:
     those that confirmed it. failed: those that died meanwhile; they are started again and given it then.
@@ -139,7 +141,7 @@ class WeightSync:
         fallback: folder for the shared directories where /dev/shm has no room.
 
     Raises:
-        ValueError: engines of several dtypes; there is one copy of the weights a node.
+        ValueError: engines of several dtypes or adapters; there is one copy of the weights a node.
     """
 
     def __init__(self, rollouts: RolloutGroup, trainer: Trainer, fallback: str | None = None) -> None:
@@ -149,6 +151,8 @@ class WeightSync:
         if len(dtypes) != 1:
             raise ValueError(f"engines compute in {' and '.join(sorted(dtypes))}; give all of them one engine.dtype")
         (self._dtype,) = dtypes
+        if len({config.lora for config in rollouts.configs}) != 1:
+            raise ValueError("engines have not all the same adapters; give all of them one engine.lora")
         self._state = _State()
         self._lock = asyncio.Lock()
         rollouts.on_stale = self._catch_up
@@ -174,7 +178,7 @@ class WeightSync:
             published = await self._sent(published, delta)
             state, rollouts = self._state, self._rollouts
             updated_from = time.perf_counter()
-            state.checksums = combine(part.checksums for part in published)
+            state.checksums = {**state.checksums, **combine(part.checksums for part in published)}
             state.version = version
             rollouts.fleet.published(version)
             engines = rollouts.fleet.of(Health.STALE, Health.READY)
@@ -233,9 +237,8 @@ class WeightSync:
     async def _plan(self) -> None:
         state, trainer = self._state, self._trainer
         ranks = tuple(where.node for where in trainer.where)
-        state.outgoing = await asyncio.to_thread(
-            trainer.call, "connect_publisher", state.directories, ranks, self._dtype
-        )
+        args = (state.directories, ranks, self._dtype, resolve_lora(self._rollouts.configs[0].lora).rank > 0)
+        state.outgoing = await asyncio.to_thread(trainer.call, "connect_publisher", *args)
         if any(state.outgoing) and not trainer.workers:
             raise ValueError("a trainer in the driver's process reaches engines of its own node; use trainer actors")
         await asyncio.gather(
@@ -248,9 +251,9 @@ class WeightSync:
 
     def _contents(self) -> tuple[Mapping[str, Spec], Mapping[str, bytes]]:
         """Tensors and small files of a directory, from the engines' own."""
-        path = self._rollouts.configs[0].path
-        layout = build(read_arch(path), device="meta").layout()
-        return retype(layout, self._dtype).tensors, small_files(Storage.open(path), torch_dtype(self._dtype))
+        config = self._rollouts.configs[0]
+        layout = build(engine_arch(config), device="meta").layout()
+        return retype(layout, self._dtype).tensors, small_files(Storage.open(config.path), torch_dtype(self._dtype))
 
     async def _publish(self, delta: bool) -> Sequence[Published]:
         await self._connect()
@@ -261,26 +264,24 @@ class WeightSync:
     async def _sent(self, published: Sequence[Published], delta: bool) -> Sequence[Published]:
         """Once other nodes have it too. A node that is gone is done without, and the push begun anew."""
         try:
-            await self._send(delta)
+            await self._send(published, delta)
             return published
         except RayActorError as error:
             log.warning("a node with engines is gone (%s); the push begins anew without it", error)
             await self._close()
         published = await self._publish(delta)
-        await self._send(delta)
+        await self._send(published, delta)
         return published
 
-    async def _send(self, delta: bool) -> None:
+    async def _send(self, published: Sequence[Published], delta: bool) -> None:
         """What other nodes need, from each rank to the node's holder; the driver only passes references on."""
-        links = [
-            (r, node, len(messages)) for r, out in enumerate(self._state.outgoing) for node, messages in out.items()
-        ]
+        links = [(rank, *link) for rank, part in enumerate(published) for link in part.messages.items()]
         await asyncio.gather(*(self._send_along(*link, delta) for link in links))
 
-    async def _send_along(self, rank: int, node: str, messages: int, delta: bool) -> None:
+    async def _send_along(self, rank: int, node: str, messages: Sequence[int], delta: bool) -> None:
         """From one rank to one node, a message at a time: they must not fill the object store."""
         state = self._state
-        for number in range(messages):
+        for number in messages:
             message = self._trainer.workers[rank].call.remote("outgoing", node, number, delta)
             await state.holders[node].receive.remote(rank, number, message, state.turn, delta)
 

@@ -23,13 +23,25 @@ from raytron.checkpoint.agreement import gather, share
 from raytron.checkpoint.reading import by_path, copies, read, weight_files
 from raytron.checkpoint.storage import LocalStorage, Storage
 from raytron.checkpoint.writing import Export, Written, export, write_export, write_files
+from raytron.models.base import ShardedModel
+from raytron.models.layers.lora import is_adapter
 from raytron.models.registry import family_of
-from raytron.parallel.collectives import Axis, World
-from raytron.parallel.layout import Layout, Place, Plan
+from raytron.parallel.collectives import Axis
+from raytron.parallel.layout import Layout, Place, Plan, only
 from raytron.parallel.storage import Buffers
 from raytron.parallel.transport import Distributed
 
-__all__ = ["Model", "convert", "export_model", "save_pretrained", "small_files", "try_describe", "write_model"]
+__all__ = [
+    "convert",
+    "export_model",
+    "merged_layout",
+    "save_files",
+    "save_pretrained",
+    "small_files",
+    "to_json",
+    "try_describe",
+    "write_model",
+]
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -38,17 +50,6 @@ _TOKENIZER = re.compile(
     r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model|chat_template.*)"
 )
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-class Model(Protocol):
-    """What saving needs of one rank's part of a model."""
-
-    arch: Any
-    world: World
-    weights: torch.Tensor
-
-    def layout(self) -> Layout:
-        """Where all ranks hold the tensors: buffer "weights" of places "rank-N"."""
 
 
 class Saves(Protocol):
@@ -61,7 +62,7 @@ Tokenizer = str | os.PathLike[str] | Saves | None
 
 
 def save_pretrained(
-    model: Model,
+    model: ShardedModel,
     path: str | os.PathLike[str],
     *,
     tokenizer: Tokenizer = None,
@@ -71,7 +72,7 @@ def save_pretrained(
     """Write a Hugging Face directory: safetensors with their index, configuration, generation configuration, tokenizer.
 
     Collective over the model's world. `transformers.AutoModelForCausalLM.from_pretrained` and `raytron.models.
-    from_pretrained` load it, at any layout.
+    from_pretrained` load it, at any layout. Adapters are merged into the weights (`save_adapter` saves them alone).
 
     Args:
         model: this rank's part.
@@ -83,16 +84,26 @@ def save_pretrained(
     Raises:
         OSError: on every rank, naming the file one of them could not write.
     """
+    job = export_model(model, dtype=dtype, shard_mb=shard_mb)
+    small, problem = try_describe(model.arch, job, tokenizer) if model.world.rank == 0 else ({}, None)
+    if (problem := share(model.world.axis("world"), problem)) is not None:
+        raise ValueError(problem)
+    save_files(model, path, job, model.merged(), small)
+
+
+def save_files(
+    model: ShardedModel, path: str | os.PathLike[str], job: Export, weights: torch.Tensor, small: Mapping[str, bytes]
+) -> None:
+    """Write a directory as a whole: the files of `job` from the ranks' `weights`, and rank 0's small ones. Collective.
+
+    Raises OSError on every rank, naming the file one of them could not write.
+    """
     axis, rank = model.world.axis("world"), model.world.rank
     storage, name = _parent(path)
     temporary = f".{name}.tmp" if storage.renames else name
-    job = export_model(model, dtype=dtype, shard_mb=shard_mb)
     _agree(axis, storage, _attempt(storage.delete, temporary) if rank == 0 and storage.renames else None)
-    sources = {(f"rank-{rank}", "weights"): model.weights}
-    small, problem = try_describe(model.arch, job, tokenizer) if rank == 0 else ({}, None)
-    if (problem := share(axis, problem)) is not None:
-        raise ValueError(problem)
-    written = write_model(job, sources, small, rank, axis, storage / temporary, model.weights.device)
+    sources = {(f"rank-{rank}", "weights"): weights}
+    written = write_model(job, sources, small, rank, axis, storage / temporary, weights.device)
     everyone = gather(axis, [written.error, sorted(written.entries)])
     error = next((error for error, _ in everyone if error), None)
     if error and rank == 0 and storage.renames:
@@ -148,12 +159,18 @@ def _last(path: str) -> tuple[bool, bool, str]:
 # The steps, which checkpoints share
 
 
-def export_model(model: Model, *, dtype: torch.dtype | None = None, shard_mb: float = 5000) -> Export:
-    """The plan from the model's ranks to its files; pure, and the same on every rank."""
+def merged_layout(model: ShardedModel, version: int = 0) -> Layout:
+    """Where all ranks hold the tensors of the model without its adapters: of `merged`, or of `weights`."""
+    layout = model.layout(version=version)
+    return only(layout, [name for name in layout.tensors if not is_adapter(name)]) if model.adapted else layout
+
+
+def export_model(model: ShardedModel, *, dtype: torch.dtype | None = None, shard_mb: float = 5000) -> Export:
+    """The plan from the model's ranks to its files, adapters merged; pure, and the same on every rank."""
     if shard_mb <= 0:
         raise ValueError(f"shard_mb is {shard_mb}; a file needs a size above 0")
     ranks = {f"rank-{rank}": rank for rank in range(model.world.mesh.size)}
-    return export(model.layout(), ranks, dtype=dtype, max_bytes=int(shard_mb * 1e6))
+    return export(merged_layout(model), ranks, dtype=dtype, max_bytes=int(shard_mb * 1e6))
 
 
 def write_model(
@@ -187,7 +204,7 @@ def describe(arch: Any, job: Export, tokenizer: Tokenizer = None) -> dict[str, b
         config = config | {"dtype": next(iter(job.target.tensors.values())).dtype}
     generation = {"_from_model_config": True} | {k: config[k] for k in _SPECIAL_IDS if config.get(k) is not None}
     files = {CONFIG: config, "generation_config.json": generation, **_index(job)}
-    return {name: _json(value) for name, value in files.items()} | tokenizer_files(tokenizer)
+    return {name: to_json(value) for name, value in files.items()} | tokenizer_files(tokenizer)
 
 
 def try_describe(arch: Any, job: Export, tokenizer: Tokenizer) -> tuple[dict[str, bytes], str | None]:
@@ -206,7 +223,8 @@ def _index(job: Export) -> dict[str, Any]:
     return {INDEX: {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}}
 
 
-def _json(value: Any) -> bytes:
+def to_json(value: Any) -> bytes:
+    """A small file of a directory."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -257,7 +275,7 @@ def convert(
     written = write_export(job, 0, fill, storage / temporary)
     new = set(written.entries)
     if written.error is None:
-        small = small_files(origin, dtype) | {path: _json(value) for path, value in _index(job).items()}
+        small = small_files(origin, dtype) | {path: to_json(value) for path, value in _index(job).items()}
         written = write_files(storage / temporary, dict(sorted(small.items(), key=lambda item: _last(item[0]))))
     if written.error is not None:
         if storage.renames:
@@ -273,5 +291,5 @@ def small_files(origin: Storage, dtype: torch.dtype | None) -> dict[str, bytes]:
     if dtype is not None and CONFIG in small:
         config = json.loads(small[CONFIG])
         config.pop("torch_dtype", None)
-        small[CONFIG] = _json(config | {"dtype": str(dtype).removeprefix("torch.")})
+        small[CONFIG] = to_json(config | {"dtype": str(dtype).removeprefix("torch.")})
     return small

@@ -8,17 +8,21 @@ once it is sure that no damaged file is the cause.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raytron.checkpoint.adapters import FROZEN, adapter_files, frozen_checksum
 from raytron.checkpoint.agreement import gather, share
 from raytron.checkpoint.digest import Entry
 from raytron.checkpoint.manifest import Manifest, complete
 from raytron.checkpoint.reading import Copy, by_path, copies, read, weight_files
 from raytron.checkpoint.state import BUFFER, LAYOUT, State
 from raytron.checkpoint.storage import DamagedFile, Storage
+from raytron.models.adapters import CONFIG, to_peft
+from raytron.models.base import ShardedModel
 from raytron.parallel.collectives import Axis
 from raytron.parallel.layout import only, plan
 
@@ -49,9 +53,10 @@ def load_checkpoint(storage: Storage, axis: Axis, engine: Any) -> Loaded | None:
     if error is not None:
         raise OSError(error)
     bad: dict[str, str] = {}
+    frozen = frozen_checksum(engine.model, axis) if names and engine.model.adapted else {}
     for name in names:
         manifest, problem = _manifest(storage, axis, name)
-        problem = problem or _try(storage / name, axis, engine, manifest)
+        problem = problem or _try(storage / name, axis, engine, manifest, frozen)
         if problem is None:
             return Loaded(name, dict(manifest.record), bad)
         bad[name] = problem
@@ -102,12 +107,12 @@ def _sizes(checkpoint: Storage, manifest: Manifest) -> str | None:
     return None
 
 
-def _try(checkpoint: Storage, axis: Axis, engine: Any, manifest: Manifest) -> str | None:
+def _try(checkpoint: Storage, axis: Axis, engine: Any, manifest: Manifest, frozen: Mapping[str, str]) -> str | None:
     """Read one checkpoint; what is damaged in it, on every rank the same."""
     wanted: Mapping[str, Sequence[Copy]] = {}
     damage, misfit = None, None
     try:
-        wanted = _wanted(checkpoint, engine, manifest)
+        wanted = _wanted(checkpoint, engine, manifest, frozen)
     except (DamagedFile, OSError) as error:
         damage = str(error)
     except ValueError as error:
@@ -149,13 +154,15 @@ def _duties(files: Mapping[str, Entry], whole: Sequence[Sequence[str]]) -> list[
     return duties
 
 
-def _wanted(checkpoint: Storage, engine: Any, manifest: Manifest) -> dict[str, list[Copy]]:
+def _wanted(checkpoint: Storage, engine: Any, manifest: Manifest, frozen: Mapping[str, str]) -> dict[str, list[Copy]]:
     """The copies, by file of the checkpoint, that fill this rank's buffers."""
-    read(checkpoint, {}, {path: manifest.files[path] for path in (f"state/{LAYOUT}", _INDEX) if path in manifest.files})
-    step, place = manifest.record["step"], f"rank-{engine.model.world.rank}"
+    verified = (f"state/{LAYOUT}", _INDEX, f"adapter/{CONFIG}", f"adapter/{FROZEN}")
+    read(checkpoint, {}, {path: manifest.files[path] for path in verified if path in manifest.files})
+    step, place, model = manifest.record["step"], f"rank-{engine.model.world.rank}", engine.model
+    _same_kind(checkpoint, model, manifest, frozen)
     state = State(checkpoint / "state", step) if f"state/{LAYOUT}" in manifest.files else None
     stored = state.buffers if state is not None else ()
-    target = only(engine.model.layout(version=step), places=[place])
+    target = only(model.trained_layout(version=step), places=[place])
     shard = engine.optimizer_layout(version=step)
     live = engine.optimizer
     from_state = {name: tensor for name, tensor in live.items() if name in stored or name != "master"}
@@ -164,15 +171,40 @@ def _wanted(checkpoint: Storage, engine: Any, manifest: Manifest) -> dict[str, l
         if state is None:
             raise ValueError(f"{checkpoint} has no optimizer state; load its weights with from_pretrained instead")
         found += [(f"state/{path}", copy) for path, copy in state.copies(shard, place, from_state)]
-    buffers = {(place, "weights"): engine.model.weights}
+    buffers = {(place, "weights"): model.weights}
     if "master" in stored and "master" not in live:  # weights that are their own masters take the wider values
         regions = state.regions("master")
         found += [(f"state/{p}", copy) for p, copy in copies(plan(state.layout, target), regions, buffers)]
         return by_path(found)
-    files = weight_files(checkpoint / "model", step)
-    found += [(f"model/{path}", copy) for path, copy in copies(plan(files.layout, target), files.regions, buffers)]
+    folder = "adapter" if model.adapted else "model"  # what is frozen is there already, and was merged in "model"
+    files = (adapter_files if model.adapted else weight_files)(checkpoint / folder, step)
+    found += [(f"{folder}/{path}", copy) for path, copy in copies(plan(files.layout, target), files.regions, buffers)]
     if "master" in live and "master" not in from_state:
         moves = plan(files.layout, only(shard, places=[place]))
         masters = {(place, BUFFER): live["master"]}
-        found += [(f"model/{path}", copy) for path, copy in copies(moves, files.regions, masters)]
+        found += [(f"{folder}/{path}", copy) for path, copy in copies(moves, files.regions, masters)]
     return by_path(found)
+
+
+def _same_kind(checkpoint: Storage, model: ShardedModel, manifest: Manifest, frozen: Mapping[str, str]) -> None:
+    """ValueError where one of the two has adapters and the other has not, or not the same, or beside another model."""
+    told, file = to_peft(model.arch) if model.adapted else None, f"adapter/{CONFIG}"
+    saved = json.loads(checkpoint.read(file)) if file in manifest.files else None
+    if (saved and {**saved, "base_model_name_or_path": None}) != told:
+        raise ValueError(
+            f"{checkpoint} has {_adapters(saved)} and this run {_adapters(told)}; choose another run.name, and begin "
+            f"from the checkpoint with model.path {checkpoint}/model"
+        )
+    beside = json.loads(checkpoint.read(f"adapter/{FROZEN}")) if saved else {}
+    if any(beside.get(dtype, checksum) != checksum for dtype, checksum in frozen.items()):
+        raise ValueError(
+            f"the model that the adapters of {checkpoint} are beside is not the one that this run begins with (their "
+            "checksums differ); give it the model.path, or the preset and seed, that it was started with"
+        )
+
+
+def _adapters(config: Mapping[str, Any] | None) -> str:
+    if config is None:
+        return "no adapters"
+    names = ("r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save")
+    return "adapters (" + ", ".join(f"{name} {config[name]}" for name in names) + ")"

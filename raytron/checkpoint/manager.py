@@ -22,12 +22,14 @@ from typing import Protocol
 
 import torch
 
-from raytron.checkpoint.huggingface import Model, Tokenizer, export_model
+from raytron.checkpoint.adapters import FROZEN, describe_adapter, export_adapter, frozen_checksum
+from raytron.checkpoint.huggingface import Tokenizer, export_model, to_json
 from raytron.checkpoint.loading import load_checkpoint
 from raytron.checkpoint.manifest import complete, step_name
 from raytron.checkpoint.saving import Job, Plans, Saved, save_checkpoint
 from raytron.checkpoint.state import shard_files
 from raytron.checkpoint.storage import Storage
+from raytron.models.base import ShardedModel
 from raytron.parallel.collectives import Axis
 from raytron.parallel.layout import Layout
 
@@ -43,7 +45,7 @@ class Engine(Protocol):
     record: replicated numbers, JSON-ready; "step" is the committed step.
     """
 
-    model: Model
+    model: ShardedModel
 
     @property
     def optimizer(self) -> dict[str, torch.Tensor]: ...
@@ -164,7 +166,10 @@ class CheckpointManager:
         try:
             held = live if snapshot is None else snapshot.finish(live)
             optimizer = {name.removeprefix("optimizer."): t for name, t in held.items() if name != "weights"}
-            job = Job(self._planned(), record, held["weights"], optimizer, tokenizer)
+            weights = held["weights"]
+            if self._engine.model.adapted:  # a snapshot is ours to merge in
+                weights = self._engine.model.merge_(weights.clone() if held is live else weights)
+            job = Job(self._planned(axis), record, weights, optimizer, tokenizer)
             saved = save_checkpoint(self.storage, axis, job, self._keep, self._bad)
         except Exception as error:  # there is nobody above a saving thread, and a failed save must not stop training
             _log.debug("save failed", exc_info=True)
@@ -175,11 +180,14 @@ class CheckpointManager:
             _log.warning("checkpoint %s was not saved: %s; training goes on", saved.name, saved.error)
         future.set_result(saved)
 
-    def _planned(self) -> Plans:
+    def _planned(self, axis: Axis) -> Plans:
         if self._plans is None:
-            layout = self._engine.optimizer_layout()
-            export = export_model(self._engine.model, shard_mb=self._shard_mb)
-            self._plans = Plans(self._engine.model.arch, export, layout, shard_files(layout))
+            layout, model, adapter = self._engine.optimizer_layout(), self._engine.model, None
+            if model.adapted:
+                small = describe_adapter(model) | {FROZEN: to_json(frozen_checksum(model, axis))}
+                adapter = (export_adapter(model), small)
+            export = export_model(model, shard_mb=self._shard_mb)
+            self._plans = Plans(model.arch, export, layout, shard_files(layout), adapter)
         return self._plans
 
     # Loading

@@ -37,18 +37,20 @@ LATEST = "latest"
 class Plans:
     """What saves of one engine have in common, computed once: pure functions of its layout.
 
-    export: the model's files. layout: the optimizer's, of all ranks. files: each place's shard file.
+    export: the model's files. layout: the optimizer's, of all ranks. files: each place's shard file. adapter: the file
+    of the model's adapters and the small ones beside it, if it has any.
     """
 
     arch: Any
     export: Export
     layout: Layout
     files: Mapping[Place, str]
+    adapter: tuple[Export, Mapping[str, bytes]] | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one rank saves; the tensors stay as they are until the save is over."""
+    """What one rank saves, adapters merged into weights; the tensors stay as they are until the save is over."""
 
     plans: Plans
     record: Mapping[str, int | float]
@@ -95,11 +97,15 @@ def _write(folder: Storage, axis: Axis, job: Job, small: Mapping[str, bytes]) ->
     """This rank's files: path -> entry, and the first error."""
     place = f"rank-{axis.index}"
     sources = {(place, "weights"): job.weights}
-    device = job.weights.device
-    model = write_model(job.plans.export, sources, small, axis.index, axis, folder / "model", device)
-    state = write_state(folder / "state", job.plans.layout, job.plans.files, place, job.optimizer)
-    entries = {f"{part}/{path}": e for part, w in (("model", model), ("state", state)) for path, e in w.entries.items()}
-    return entries, model.error or state.error
+    rank, device = axis.index, job.weights.device
+    parts = {"model": write_model(job.plans.export, sources, small, rank, axis, folder / "model", device)}
+    if job.plans.adapter is not None:
+        export, beside = job.plans.adapter
+        beside = beside if rank == 0 else {}
+        parts["adapter"] = write_model(export, sources, beside, rank, axis, folder / "adapter", device)
+    parts["state"] = write_state(folder / "state", job.plans.layout, job.plans.files, place, job.optimizer)
+    entries = {f"{part}/{path}": e for part, written in parts.items() for path, e in written.entries.items()}
+    return entries, next((written.error for written in parts.values() if written.error), None)
 
 
 def _attempt(action, *args) -> str | None:

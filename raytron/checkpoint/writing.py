@@ -141,14 +141,16 @@ class Export:
         return {place: {name: specs[name] for name in file_order(specs)} for place, specs in files.items()}
 
 
-def export(source: Layout, ranks: Mapping[Place, int], *, dtype: torch.dtype | None, max_bytes: int) -> Export:
+def export(
+    source: Layout, ranks: Mapping[Place, int], *, dtype: torch.dtype | None, max_bytes: int, stem: str = "model"
+) -> Export:
     """Plan the files of `source`'s tensors, at most `max_bytes` of data each (a larger tensor has its own).
 
     ranks: the rank that can write for each place of the source. dtype: of floating tensors of two bytes and more (None:
-    as they are).
+    as they are). stem: of the files' names.
     """
     specs = {name: _cast(spec, dtype) for name, spec in source.tensors.items()}
-    target = shards(specs, max_bytes, version=source.version)
+    target = shards(specs, max_bytes, stem, version=source.version)
     writers = _writers(source, target, ranks)
     draft = Export(target, writers, Plan((), {}, {}), 0)
     order = _interleaved(draft.files, writers)

@@ -31,12 +31,13 @@ from raytron.inference.sampler import Draw, History, pick, top_logprobs
 from raytron.inference.scheduler import Scheduler, Work
 from raytron.inference.scheduler import Sequence as Running
 from raytron.inference.types import Output, PauseMode, Pushed, Request, Stats, WeightUpdateError
-from raytron.models import build, from_pretrained, read_arch
+from raytron.models import build, load_adapter, load_weights, read_arch
+from raytron.models.adapters import resolve_lora
 from raytron.models.base import ShardedModel
 from raytron.models.kernels import KEYS
 from raytron.parallel.collectives import World
 
-__all__ = ["NativeEngine", "end_tokens", "engine_parallel", "load_model", "model_dtype"]
+__all__ = ["NativeEngine", "end_tokens", "engine_arch", "engine_parallel", "load_model", "model_dtype"]
 
 
 @dataclass(slots=True)
@@ -67,15 +68,22 @@ def engine_parallel(config: EngineConfig) -> ParallelConfig:
     return ParallelConfig(tp=config.tp, pp=config.pp, sequence_parallel=False)
 
 
+def engine_arch(config: EngineConfig) -> Any:
+    """The architecture in the engine's directory, with the adapters it is to have. Raises as `read_arch`."""
+    arch = read_arch(config.path)
+    return arch.replace(lora=resolve_lora(config.lora))
+
+
 def load_model(config: EngineConfig, world: World | None) -> ShardedModel:
     """This rank's part of the model, ready for inference."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    arch = read_arch(config.path)  # its errors come before any other
-    if config.weights == "await":
-        model = build(arch, world, dtype=model_dtype(config), parallel=engine_parallel(config))
-    else:
-        model = from_pretrained(config.path, world, model_dtype(config), parallel=engine_parallel(config))
+    arch = engine_arch(config)  # its errors come before any other
+    model = build(arch, world, dtype=model_dtype(config), parallel=engine_parallel(config))
+    if config.weights == "read":
+        load_weights(model, config.path)
+        if config.lora.path is not None:
+            load_adapter(model, config.lora.path)
     return model.requires_grad_(False).eval().use_kernels(config.reproducible)
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from raytron.config import EngineConfig
-from raytron.inference.engine import NativeEngine, engine_parallel
+from raytron.inference.engine import NativeEngine, engine_arch, engine_parallel
 from raytron.inference.types import Engine
-from raytron.models import build, read_arch
+from raytron.models import build
 from raytron.parallel.collectives import World
 from raytron.parallel.mesh import Mesh
 
@@ -41,7 +41,7 @@ def make_engine(config: EngineConfig) -> Engine:
 def check_layout(config: EngineConfig) -> None:
     """ValueError for a native engine whose model is not there or cannot be cut to its layout. Takes no memory."""
     if config.engine == "native":
-        arch, mesh = read_arch(config.path), Mesh(tp=config.tp, pp=config.pp)
+        arch, mesh = engine_arch(config), Mesh(tp=config.tp, pp=config.pp)
         for rank in range(mesh.size):
             build(arch, World.sketch(mesh, rank), parallel=engine_parallel(config), device="meta")
 

@@ -260,8 +260,9 @@ class Runner:
     def _from(self, path: str) -> SharedReader:
         """The way from that directory into this rank's weights; kept for the next push."""
         if self._reader is None or self._reader.shared.path != path:
-            me = rank_name(self.world.rank)
-            self._reader = SharedReader(path, self.model.layout(), me, {(me, "weights"): self.model.weights})
+            me, layout = rank_name(self.world.rank), self.model.layout()
+            frozen = layout.tensors.keys() - self.model.trained_layout().tensors.keys()
+            self._reader = SharedReader(path, layout, me, {(me, "weights"): self.model.weights}, frozen)
         return self._reader
 
     def _forget(self) -> None:

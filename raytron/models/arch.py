@@ -6,10 +6,10 @@ Field names are Hugging Face's, so a preset, an override on the command line and
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from raytron.config import Typed
+from raytron.config import LoRAConfig, Typed
 
 __all__ = ["DecoderConfig", "RopeScaling"]
 
@@ -54,6 +54,8 @@ class DecoderConfig(Typed):
     pad_token_id: int | None = None
     num_labels: int = 0
     """Instead of a language model's head: so many scores of every token (a critic, a reward model)."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters that are trained instead of the model; `config.json` says nothing of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,16 +2,19 @@
 
 One buffer makes everything that moves weights a matter of offsets: gradients lie in a second buffer at the same
 offsets, ZeRO shards are flat intervals of it, and the layout algebra needs nothing else. Matrices that are decayed come
-first, norms and biases behind them, so an optimizer step is a handful of contiguous runs.
+first, norms and biases behind them, so an optimizer step is a handful of contiguous runs. In a model with adapters
+what is frozen comes before what is trained, so that gradients and optimizer state are of the buffer's end alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,10 +22,11 @@ from torch import nn
 from raytron.config import ParallelConfig
 from raytron.models import kernels
 from raytron.models.layers import reproducible as layers_reproducible
+from raytron.models.layers.lora import LowRank, add_adapters
 from raytron.models.layers.mlp import SwiGLU
 from raytron.models.layers.norm import RMSNorm
 from raytron.parallel.collectives import World
-from raytron.parallel.layout import Layout, Piece, Place, Spec
+from raytron.parallel.layout import Layout, Piece, Place, Spec, only
 from raytron.parallel.mesh import Mesh
 from raytron.parallel.tensor import ParallelLinear, initialize_
 from raytron.precision import BF16_INSTRUCTIONS, NATIVE_BF16, linear
@@ -86,9 +90,13 @@ class ShardedModel(nn.Module):
     Attributes:
         chunks: the pipeline chunks held here, in model order.
         weights: flat buffer; every parameter is a view of it.
-        slots: parameter by parameter, in buffer order. decay_end: where matrices end and norms and biases begin.
+        slots: parameter by parameter, in buffer order.
+        frozen: elements before what is trained; 0 unless the architecture has adapters, which are trained alone.
+        trained: the slots behind them, offsets counted from there.
+        decay_end: where the trained matrices end and norms and biases begin.
         compute_dtype: dtype of rotary tables.
         reproducible: whether every forward gives a token the same bits, see `use_kernels`.
+        origin: the directory that weights were read from, if they were.
     """
 
     def __init__(
@@ -105,9 +113,12 @@ class ShardedModel(nn.Module):
         self.parallel = parallel or ParallelConfig()
         self.compute_dtype = dtype
         self.reproducible = False
+        self.origin: str | None = None
         device = self.world.device if device is None else torch.device(device)
         with torch.device("meta"):
             self.chunks = nn.ModuleList(self.make_chunks(self.world))
+            if self.adapted:
+                add_adapters(self.chunks, arch.lora)
         for module in self.chunks.modules():
             if isinstance(module, ParallelLinear):
                 module.product = linear
@@ -156,33 +167,84 @@ class ShardedModel(nn.Module):
     def _flatten(self, dtype: torch.dtype, device: torch.device) -> None:
         sites = list(_sites(self.chunks))
         params = list(dict.fromkeys(param for _, _, param in sites))
-        ordered = [p for p in params if p.decay] + [p for p in params if not p.decay]
-        offsets, end = [], 0
-        for param in ordered:
-            offsets.append(end)
-            end += -(-param.numel() // ALIGN) * ALIGN
+        trained = {param: param.added or not self.adapted for param in params}
+        ordered = sorted(params, key=lambda p: (trained[p], not p.decay))
+        ends = list(itertools.accumulate(-(-p.numel() // ALIGN) * ALIGN for p in ordered))
+        offsets = [0, *ends[:-1]]
+        spots = list(zip(ordered, offsets, strict=True))
+        self.frozen = next(at for p, at in spots if trained[p])
         quantum = ALIGN * self.world.mesh.dp  # so that every dp rank owns an equal, aligned share
-        end = -(-end // quantum) * quantum
-        self.decay_end = next((at for at, p in zip(offsets, ordered, strict=True) if not p.decay), end)
+        end = self.frozen + -(-(ends[-1] - self.frozen) // quantum) * quantum
+        self.decay_end = next((at for p, at in spots if trained[p] and not p.decay), end)
         self.weights = torch.zeros(end, dtype=dtype, device=device)
         moved, self.slots = {}, []
-        for offset, param in zip(offsets, ordered, strict=True):
-            new = nn.Parameter(self.weights[offset : offset + param.numel()].view(param.shape))
-            new.parts, new.decay, new.initial_std = param.parts, param.decay, param.initial_std
+        for param, offset in spots:
+            new = nn.Parameter(self.weights[offset : offset + param.numel()].view(param.shape), trained[param])
+            vars(new).update(vars(param))
             moved[param] = new
             self.slots.append(Slot(new, offset, param.numel()))
+        self.trained = [Slot(s.param, s.offset - self.frozen, s.numel) for s in self.slots if s.offset >= self.frozen]
         for module, name, param in sites:
             module._parameters[name] = moved[param]
 
-    def initialize(self, seed: int) -> ShardedModel:
-        """Random weights that depend only on (seed, tensor name, position), whatever the layout."""
+    def initialize(self, seed: int, added: bool = False) -> ShardedModel:
+        """Random weights that depend only on (seed, tensor name, position), whatever the layout.
+
+        added: of adapters and new heads only; the rest is read from files.
+        """
         for slot in self.slots:
-            initialize_(slot.param, seed)
+            if slot.param.added or not added:
+                initialize_(slot.param, seed)
         return self
+
+    # Adapters
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the model has adapters, and all else is frozen."""
+        return self.arch.lora.rank > 0
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Compute as the model does that the adapters are beside."""
+        adapters = [module for module in self.chunks.modules() if isinstance(module, LowRank)]
+        for adapter in adapters:
+            adapter.enabled = False
+        try:
+            yield
+        finally:
+            for adapter in adapters:
+                adapter.enabled = True
+
+    def merged(self) -> torch.Tensor:
+        """The weights with all adapters merged into them: a copy, or `weights` itself where there are none."""
+        return self.merge_(self.weights.detach().clone()) if self.adapted else self.weights
+
+    def merge_(self, flat: torch.Tensor) -> torch.Tensor:
+        """Merge adapters in place, in a buffer laid out as `weights`, on any device; the adapters stay in it too."""
+        views = {s.param: flat[s.offset : s.offset + s.numel].view(s.param.shape) for s in self.slots}
+        for layer in self.chunks.modules():
+            if isinstance(layer, ParallelLinear) and layer.adapter is not None:
+                layer.adapter.merge_(views[layer.weight], views[layer.adapter.down], views[layer.adapter.up])
+        return flat
+
+    # Layouts
 
     def layout(self, place: Callable[[int], Place] = rank_name, version: int = 0) -> Layout:
         """Where the weights of *all* ranks of the mesh live, in each one's flat buffer "weights"."""
-        return weights_layout(type(self), self.arch, self.world.mesh, self.parallel, self.dtype_name, place, version)
+        return self._arrangement(place, version).layout
+
+    def trained_layout(self, place: Callable[[int], Place] = rank_name, version: int = 0) -> Layout:
+        """The same of what is trained."""
+        layout, trained, _ = self._arrangement(place, version)
+        return only(layout, trained) if self.adapted else layout
+
+    def frozen_ends(self, place: Callable[[int], Place] = rank_name) -> Mapping[Place, int]:
+        """`frozen` of all ranks."""
+        return self._arrangement(place, 0).frozen
+
+    def _arrangement(self, place: Callable[[int], Place], version: int) -> _Arrangement:
+        return _arrangement(type(self), self.arch, self.world.mesh, self.parallel, self.dtype_name, place, version)
 
     @property
     def dtype_name(self) -> str:
@@ -201,8 +263,16 @@ def _sites(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
                 yield child, name, param
 
 
+class _Arrangement(NamedTuple):
+    """layout: of all weights. trained: names of what is trained. frozen: `ShardedModel.frozen`, by place."""
+
+    layout: Layout
+    trained: frozenset[str]
+    frozen: Mapping[Place, int]
+
+
 @lru_cache(maxsize=8)  # layouts are immutable, and a save, a load and a resize ask for the same few
-def weights_layout(
+def _arrangement(
     model: type[ShardedModel],
     arch: Any,
     mesh: Mesh,
@@ -210,12 +280,14 @@ def weights_layout(
     dtype: str = "float32",
     place: Callable[[int], Place] = rank_name,
     version: int = 0,
-) -> Layout:
+) -> _Arrangement:
     """The weights of a model on every rank of `mesh`, without building any: shapes come from the meta device.
 
     Ranks that differ only in dp or cp hold the same pieces at the same offsets, so one sketch serves them all.
     """
     tensors: dict[str, Spec] = {}
+    trained: set[str] = set()
+    frozen: dict[Place, int] = {}
     spots: dict[str, dict[tuple, list[int]]] = {}
     sizes: dict[tuple[Place, str], int] = {}
     for rank in range(mesh.unit):
@@ -225,6 +297,8 @@ def weights_layout(
         ranks = [mesh.rank(dp, coords.pp, cp, coords.tp) for dp in range(mesh.dp) for cp in range(mesh.cp)]
         sketch = model(arch, World.sketch(mesh, rank), parallel=parallel, device="meta")
         sizes.update({(place(r), "weights"): sketch.weights.numel() for r in ranks})
+        frozen.update({place(r): sketch.frozen for r in ranks})
+        trained.update(part.name for slot in sketch.trained for part in slot.param.parts)
         for slot in sketch.slots:
             for part in slot.param.parts:
                 tensors.setdefault(part.name, Spec(part.shape, dtype))
@@ -237,4 +311,4 @@ def weights_layout(
         )
         for name, held in spots.items()
     }
-    return Layout(version, tensors, pieces, sizes)
+    return _Arrangement(Layout(version, tensors, pieces, sizes), frozenset(trained), frozen)

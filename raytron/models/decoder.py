@@ -52,7 +52,7 @@ class ScoreHead(Replicated):
     start = 0
 
     def __init__(self, labels: int, size: int, tp: Axis, sequence_parallel: bool) -> None:
-        super().__init__("score.weight", (labels, size), tp, partial=False, std=0.0)
+        super().__init__("score.weight", (labels, size), tp, partial=False, std=0.0, added=True)
         self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
         self.product = F.linear  # see `use_kernels`
 

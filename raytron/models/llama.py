@@ -14,7 +14,7 @@ __all__ = ["PRESETS", "Llama", "from_hf", "to_hf"]
 _SAME = [
     f.name
     for f in fields(DecoderConfig)
-    if f.name not in ("family", "qkv_bias", "qk_norm", "rope_theta", "rope_scaling", "num_labels")
+    if f.name not in ("family", "qkv_bias", "qk_norm", "rope_theta", "rope_scaling", "num_labels", "lora")
 ]
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from raytron.config import ParallelConfig
+from raytron.config import ModelConfig, ParallelConfig
+from raytron.models.adapters import load_adapter
 from raytron.models.base import ShardedModel
+from raytron.models.layers.lora import is_adapter
 from raytron.models.registry import FAMILIES, PRESETS, family_of
 from raytron.parallel.collectives import World
 from raytron.parallel.layout import only, plan
 from raytron.parallel.transport import FileReader, file_layout, run
 
-__all__ = ["build", "from_pretrained", "load_weights", "read_arch"]
+__all__ = ["begin", "build", "from_pretrained", "load_weights", "read_arch"]
 
 
 def build(
@@ -47,6 +49,34 @@ def build(
         arch = PRESETS[arch]
     model = family_of(arch).model(arch, mesh, parallel=parallel, dtype=dtype, device=device)
     return model if seed is None else model.initialize(seed)
+
+
+def begin(
+    config: ModelConfig,
+    arch: Any,
+    mesh: World | None = None,
+    *,
+    parallel: ParallelConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    leave: Collection[str] = (),
+) -> ShardedModel:
+    """This rank's part of the model that a run begins with.
+
+    Weights are those of `config.path`, or drawn by `seed`; adapters those of `config.lora.path`, or such that they
+    change nothing yet.
+
+    Args:
+        arch: `resolve(config)`, or made from it.
+        leave: tensors that directories need not have (a new score head).
+        mesh, parallel, dtype: see `build`.
+    """
+    model = build(arch, mesh, parallel=parallel, dtype=dtype).initialize(seed, added=config.path is not None)
+    if config.path is not None:
+        load_weights(model, config.path, leave)
+    if config.lora.path is not None:
+        load_adapter(model, config.lora.path, leave)
+    return model
 
 
 def read_arch(path: str | Path) -> Any:
@@ -95,16 +125,18 @@ def from_pretrained(
 def load_weights(model: ShardedModel, path: str | Path, leave: Collection[str] = ()) -> None:
     """Fill `model`'s weights from the safetensors files of a Hugging Face directory, casting to its dtype.
 
-    Tensors the model has no place for (rotary buffers, the stored twin of a tied head) are passed over.
+    Tensors the model has no place for (rotary buffers, the stored twin of a tied head) are passed over, and adapters
+    that the files do not have stay as they are.
 
     leave: tensors of the model that stay as they are where the files do not have them (a new score head).
     """
     files = file_layout(path)
     me, layout = f"rank-{model.world.rank}", model.layout()
-    wanted = [name for name in layout.tensors if name in files.tensors or name not in leave]
+    wanted = [name for name in layout.tensors if name in files.tensors or not (name in leave or is_adapter(name))]
     try:
         moves = plan(files, only(layout, wanted, places=[me]))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     with FileReader(path, {(me, "weights"): model.weights}) as reader:
         run(moves, reader)
+    model.origin = str(path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from raytron.config import ModelConfig
 from raytron.models import llama, qwen
+from raytron.models.adapters import resolve_lora
 from raytron.models.base import ShardedModel
 
 __all__ = ["FAMILIES", "PRESETS", "Family", "family_of", "resolve"]
@@ -39,9 +40,9 @@ def family_of(arch: Any) -> Family:
 
 
 def resolve(config: ModelConfig) -> Any:
-    """The architecture a run asks for: that of its directory or preset, with its overrides.
+    """The architecture a run asks for: that of its directory or preset, with its overrides and adapters.
 
-    Raises ValueError for an unknown preset or field, and for a model its family cannot be saved as.
+    Raises ValueError for an unknown preset or field, a model its family cannot be saved as, or unusable adapters.
     """
     if config.path is not None:
         from raytron.models.loading import read_arch
@@ -52,5 +53,6 @@ def resolve(config: ModelConfig) -> Any:
     else:
         raise ValueError(f"model.preset {config.preset!r} is unknown; there are {', '.join(PRESETS)}")
     arch = arch.replace(**config.overrides) if config.overrides else arch
+    arch = arch.replace(lora=resolve_lora(config.lora))
     arch.to_hf()  # a trait its family lacks fails here, not at the first checkpoint
     return arch

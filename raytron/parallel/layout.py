@@ -50,6 +50,7 @@ __all__ = [
     "owners",
     "plan",
     "relabel",
+    "rename",
     "retype",
     "seats",
     "subtract",
@@ -122,6 +123,13 @@ def relabel(
         raise ValueError("two buffers would bear the same (place, buffer) name; map places and buffers one to one")
     pieces = {name: tuple(move(piece) for piece in held) for name, held in layout.pieces.items()}
     return Layout(layout.version, layout.tensors, pieces, sizes)
+
+
+def rename(layout: Layout, name: Callable[[str], str]) -> Layout:
+    """The layout with its tensors renamed, each to a name of its own; buffers keep theirs."""
+    tensors = {name(old): spec for old, spec in layout.tensors.items()}
+    assert len(tensors) == len(layout.tensors), "two tensors would bear one name"
+    return replace(layout, tensors=tensors, pieces={name(old): held for old, held in layout.pieces.items()})
 
 
 def retype(layout: Layout, dtype: str) -> Layout:

@@ -21,7 +21,7 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -251,12 +251,15 @@ class SharedReader:
 
     Args:
         layout: where all ranks of the reader hold the tensors. place: this rank's. buffers: this rank's.
+        frozen: tensors that no push changes after the first; once taken they are neither copied nor summed up again.
 
     Raises:
         ValueError: the directory lacks a tensor, or has it in another shape or dtype; names it.
     """
 
-    def __init__(self, path: str, layout: Layout, place: Place, buffers: Buffers) -> None:
+    def __init__(
+        self, path: str, layout: Layout, place: Place, buffers: Buffers, frozen: Collection[str] = frozenset()
+    ) -> None:
         self.shared = SharedWeights(path)
         self._place, self._turn = place, _NEVER
         for name, spec in layout.tensors.items():
@@ -266,7 +269,11 @@ class SharedReader:
         boxes = {(move.name, move.box) for move in owned}
         held = plan(self.shared.layout, only(layout, places=[place])).moves
         moves = [(move, True) for move in owned] + [(m, False) for m in held if (m.name, m.box) not in boxes]
-        self._bulk = self.shared.bulk([self._transfer(move, buffers, summed) for move, summed in moves])
+        parts: tuple[list[Transfer], list[Transfer]] = [], []
+        for move, summed in moves:
+            parts[move.name in frozen].append(self._transfer(move, buffers, summed))
+        self._changing, self._frozen = map(self.shared.bulk, parts)
+        self._frozen_sums: list[tuple[str, int]] = []
 
     def _transfer(self, move: Move, buffers: Buffers, summed: bool) -> Transfer:
         to = view(find(buffers, self._place, move.to.buffer), move.box, move.to)
@@ -277,7 +284,7 @@ class SharedReader:
         """Copy what pushes have changed since the last time, up to `turn`; checksums of what is held now.
 
         A sum is of this rank's share: what several ranks hold counts on one, and is compared bit by bit on the others.
-        turn: None copies nothing.
+        Of frozen tensors that were taken before it is the sum of then. turn: None copies nothing and sums up all.
 
         Raises:
             ValueError: such a copy differs; names the tensor.
@@ -285,14 +292,20 @@ class SharedReader:
         since = _FOREVER if turn is None else self._turn
         if turn is not None:
             self._turn = _NEVER  # until all of it has come
-        sums, different = self._bulk.run(TAKE, since)
-        for transfer in self._bulk.rest:
+        sums = self._run(self._changing, since)
+        if turn is None or since == _NEVER:
+            self._frozen_sums = self._run(self._frozen, since)
+        if turn is not None:
+            self._turn = turn
+        return combine({name: value} for name, value in (*sums, *self._frozen_sums))
+
+    def _run(self, bulk: Bulk, since: int) -> list[tuple[str, int]]:
+        sums, different = bulk.run(TAKE, since)
+        for transfer in bulk.rest:
             self._take(transfer, since, sums, different)
         if different:
             raise ValueError(f"{different[0]}: {self._place} holds other values than were pushed")
-        if turn is not None:
-            self._turn = turn
-        return combine({name: value} for name, value in sums)
+        return sums
 
     def forget(self) -> None:
         """What is held has been changed by others: copy everything the next time."""

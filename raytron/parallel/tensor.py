@@ -76,13 +76,24 @@ class Part:
         return local.as_strided(self.size, self.strides, local.storage_offset() + self.offset)
 
 
-def parameter(shape: Sequence[int], parts: Sequence[Part], *, decay: bool, std: float | None) -> nn.Parameter:
+def parameter(
+    shape: Sequence[int],
+    parts: Sequence[Part],
+    *,
+    decay: bool,
+    std: float | None,
+    uniform: bool = False,
+    added: bool = False,
+) -> nn.Parameter:
     """A local parameter (on the current default device and dtype) that declares its parts.
 
-    `decay` says whether weight decay applies. `std` is that of its initial normal distribution; None starts at ones.
+    `decay` says whether weight decay applies. `std` is that of its initial distribution, normal or `uniform`; None
+    starts at ones. `added` is what a pretrained model does not bring: adapters, and a new head; in a model that has
+    adapters nothing else is trained.
     """
     param = nn.Parameter(torch.empty(tuple(shape)))
     param.parts, param.decay, param.initial_std = tuple(p for p in parts if all(p.size)), decay, std
+    param.uniform, param.added = uniform, added
     return param
 
 
@@ -109,17 +120,19 @@ def initialize_(param: nn.Parameter, seed: int) -> None:
         if param.initial_std is None:
             view.fill_(1.0)
         elif param.initial_std > 0:
-            _draw_rows(view, part, param.initial_std, seed)
+            _draw_rows(view, part, param.initial_std, param.uniform, seed)
 
 
-def _draw_rows(view: Tensor, part: Part, std: float, seed: int) -> None:
+def _draw_rows(view: Tensor, part: Part, std: float, uniform: bool, seed: int) -> None:
     (start, stop), *rest = part.box
+    bound = math.sqrt(3) * std  # of the uniform distribution with that deviation
     columns = tuple(slice(a, b) for a, b in rest)
     for block in range(start // ROWS_PER_DRAW, -(-stop // ROWS_PER_DRAW)):
         first, last = block * ROWS_PER_DRAW, min((block + 1) * ROWS_PER_DRAW, part.shape[0])
         key = hashlib.blake2b(f"{seed}/{part.name}/{block}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little") & (2**63 - 1))
-        drawn = torch.empty((last - first, *part.shape[1:]), dtype=torch.float32).normal_(0.0, std, generator=generator)
+        drawn = torch.empty((last - first, *part.shape[1:]), dtype=torch.float32)
+        drawn.uniform_(-bound, bound, generator=generator) if uniform else drawn.normal_(0.0, std, generator=generator)
         low, high = max(first, start), min(last, stop)
         view[low - start : high - start].copy_(drawn[(slice(low - first, high - first), *columns)])
 
@@ -130,10 +143,19 @@ class Replicated(nn.Module):
     `partial` says that each rank sees only some tokens or heads, so its gradient is a share of the whole.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], tp: Axis, *, partial: bool, std: float | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        tp: Axis,
+        *,
+        partial: bool,
+        std: float | None = None,
+        added: bool = False,
+    ) -> None:
         super().__init__()
         part = rows(name, shape, 0, shape[0], replicas=tp.size, replica=tp.index, partial=partial and tp.size > 1)
-        self.weight = parameter(shape, [part], decay=False, std=std)
+        self.weight = parameter(shape, [part], decay=False, std=std, added=added)
 
 
 class _DeferredLinear(torch.autograd.Function):
@@ -175,11 +197,12 @@ def _accumulate(params: tuple[nn.Parameter, nn.Parameter | None], x: Tensor, gra
 
 
 class ParallelLinear(nn.Module):
-    """What column and row share: the tp line, sequence parallelism, and two seams.
+    """What column and row share: the tp line, sequence parallelism, and three seams.
 
     Attributes:
         product: (x, weight, bias) -> x W^T + b; the seam where another number format comes in.
         queue: where weight gradients wait that a zero-bubble schedule computes later; None computes them at once.
+        adapter: (x, y, product) -> y and what is added to it, see `raytron.models.layers.lora`.
     """
 
     weight: nn.Parameter
@@ -190,13 +213,16 @@ class ParallelLinear(nn.Module):
         self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
         self.queue: WeightGradQueue | None = None
         self.product: Product = F.linear
+        self.adapter: nn.Module | None = None
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.queue is None:
-            return self.product(x, self.weight, bias)
-        if torch.is_autocast_enabled(x.device.type):
+        if self.queue is not None and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _DeferredLinear.apply(x, self.weight, bias, self.queue, self.product)
+        if self.queue is None:
+            y = self.product(x, self.weight, bias)
+        else:
+            y = _DeferredLinear.apply(x, self.weight, bias, self.queue, self.product)
+        return y if self.adapter is None else self.adapter(x, y, self.product)
 
 
 class ColumnParallelLinear(ParallelLinear):

@@ -135,7 +135,7 @@ class RolloutConfig(Typed):
     engines: int = 1
     """How many, each in a placement group of its own."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """What each is; its path and dtype are the policy's."""
+    """What each is; its path, dtype and lora are the policy's."""
     cpus: float = 1.0
     """CPU slots of one rank of an engine."""
     gpus: float = 0.0

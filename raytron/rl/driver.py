@@ -28,7 +28,7 @@ from raytron.actors.rollout import RolloutGroup
 from raytron.actors.runs import RunFolder, stop_requests
 from raytron.actors.trainer import resources
 from raytron.actors.weight_sync import WeightSync
-from raytron.config import FailureConfig, RunConfig, ScalingConfig
+from raytron.config import FailureConfig, LoRAConfig, RunConfig, ScalingConfig
 from raytron.inference.types import SamplingParams
 from raytron.metrics import (
     EvalRecord,
@@ -253,6 +253,7 @@ class _Run:
             path=str(path),
             weights="await",
             dtype="bf16" if self.config.precision == "bf16" else "fp32",
+            lora=self.arch.lora if rollout.engine.engine == "native" else LoRAConfig(),
             reproducible=self.config.reproducible or rollout.engine.reproducible,
             logprobs="processed",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from raytron.checkpoint.publisher import Outgoing, Published, Publisher
 from raytron.data.loader import MicroBatch
 from raytron.models.base import ShardedModel
-from raytron.models.loading import build, load_weights
+from raytron.models.loading import begin
 from raytron.parallel.collectives import Axis, World
 from raytron.rl.algorithms import make
 from raytron.rl.config import RLConfig
@@ -131,19 +131,18 @@ class PolicyTask(_Task):
         tokenizer: directory whose tokenizer every saved model gets.
 
     Attributes:
-        reference: the weights that KL is measured to, if the algorithm wants one: those the run began with.
+        reference: the weights that KL is measured to, if the algorithm wants one: those the run began with. A model
+            with adapters keeps none, its reference is the same model without them.
     """
 
     def __init__(
         self, world: World, config: RLConfig, arch: Any, checkpoints: str, tokenizer: str | None = None
     ) -> None:
         self.algorithm = make(config.algorithm)
-        model = build(arch, world, parallel=config.parallel, dtype=DTYPES[config.precision])
-        if config.model.path is None:
-            model.initialize(config.seed)
-        else:
-            load_weights(model, config.model.path)
-        self.reference = model.weights.detach().clone() if self.algorithm.needs_reference else None
+        how = {"parallel": config.parallel, "dtype": DTYPES[config.precision]}
+        model = begin(config.model, arch, world, seed=config.seed, **how)
+        copied = self.algorithm.needs_reference and not model.adapted
+        self.reference = model.weights.detach().clone() if copied else None
         self._publisher = Publisher(model)
         objective = PolicyObjective(self.algorithm, config.rollout.temperature)
         super().__init__(world, config, model, objective, checkpoints, tokenizer)
@@ -151,29 +150,35 @@ class PolicyTask(_Task):
     def score(self, batch: Batch, reference: bool = False) -> Scores | None:
         """Log-probabilities of the batch's tokens by the current weights, or by the reference's, at the sampling
         temperature."""
-        with self._weights(self.reference if reference else None):
+        with self._as_reference() if reference else nullcontext():
             return self._score(batch, self._logprobs)
 
     def _logprobs(self, logits_TVt: torch.Tensor, batch: MicroBatch, start: int, tp: Axis) -> torch.Tensor:
         return token_logprobs(logits_TVt, batch, start, tp, self.config.rollout.temperature)
 
     @contextmanager
-    def _weights(self, other: torch.Tensor | None) -> Iterator[None]:
-        """The model with other weights. They are swapped in: a second model would need a second of everything."""
-        if other is None:
+    def _as_reference(self) -> Iterator[None]:
+        """The model as the reference. Weights are swapped in: a second model would need a second of everything."""
+        if self.model.adapted:
+            with self.model.without_adapters():
+                yield
+            return
+        if self.reference is None:
             yield
             return
         self.engine.settle()
         mine = self.model.weights.detach().clone()
-        self.model.weights.copy_(other)
+        self.model.weights.copy_(self.reference)
         try:
             yield
         finally:
             self.model.weights.copy_(mine)
 
-    def connect_publisher(self, directories: Mapping[str, str], nodes: Sequence[str], dtype: str) -> Outgoing:
+    def connect_publisher(
+        self, directories: Mapping[str, str], nodes: Sequence[str], dtype: str, adapters: bool = False
+    ) -> Outgoing:
         """See `Publisher.connect`."""
-        return self._publisher.connect(directories, nodes, dtype)
+        return self._publisher.connect(directories, nodes, dtype, adapters)
 
     def publish(self, turn: int, delta: bool = False) -> Published:
         """See `Publisher.publish`."""
@@ -198,9 +203,8 @@ class CriticTask(_Task):
         self.algorithm = make(config.algorithm)
         config = replace(config, optimizer=config.critic or config.optimizer)
         arch = arch.replace(num_labels=1)
-        model = build(arch, world, parallel=config.parallel, dtype=DTYPES[config.precision]).initialize(config.seed)
-        if config.model.path is not None:
-            load_weights(model, config.model.path, leave=["score.weight"])
+        how = {"parallel": config.parallel, "dtype": DTYPES[config.precision]}
+        model = begin(config.model, arch, world, seed=config.seed, leave=["score.weight"], **how)
         super().__init__(world, config, model, ValueObjective(self.algorithm), checkpoints, None)
 
     def score(self, batch: Batch) -> Scores | None:

@@ -101,8 +101,9 @@ class TrainEngine:
 
     Attributes:
         counters: the replicated numbers; with the buffers they are the whole state of a run (see `record`).
-        grads: flat gradient buffer beside `model.weights`: sums over tokens, not yet divided.
-        intervals: what of the buffer this rank's optimizer owns.
+        weights: what is trained of `model.weights`: all of it, or the adapters at its end.
+        grads: flat gradient buffer beside `weights`: sums over tokens, not yet divided.
+        intervals: what of the two this rank's optimizer owns.
         phases_s: host seconds of the last step's phases.
 
     Raises:
@@ -121,16 +122,18 @@ class TrainEngine:
             )
         self._barriers: list[Callable[[], None]] = []
         wide = torch.float64 if config.precision == "fp64" else torch.float32
-        self.grads = torch.zeros_like(model.weights, dtype=wide)
+        self.weights = model.weights[model.frozen :]
+        self.grads = torch.zeros_like(self.weights, dtype=wide)
         self._attach_gradients()
         self._cut_shards()
-        self.adamw = FlatAdamW(config.optimizer, model.weights, self.grads, self.intervals, model.decay_end)
+        decay_end = model.decay_end - model.frozen
+        self.adamw = FlatAdamW(config.optimizer, self.weights, self.grads, self.intervals, decay_end)
         self._guard = Guard(config.guard)
         apply_recompute(model, config.recompute)
         if config.compile:
             for chunk in model.chunks:
                 chunk.compile(dynamic=False)
-        self._late = {*self._sums.params} | ({twin} if (twin := model.tied_ends()) is not None else set())
+        self._late = {*self._sums.params} | ({self._twin} if self._twin is not None else set())
         self._pipelines: dict[int, Pipeline] = {}
         self._reported: list[Tensor] = []
         fixed = isinstance(config, TrainConfig) and not self.objective.normalized
@@ -141,12 +144,12 @@ class TrainEngine:
     # What this rank owns
 
     def _cut_shards(self) -> None:
-        total, dp = self.model.weights.numel(), self.world.axis("dp")
+        total, dp = self.weights.numel(), self.world.axis("dp")
         self.scatter = self.config.parallel.zero and dp.size > 1
         self._cuts = self._buckets(total)
         self._shard = shard_intervals(self._cuts, dp.size, dp.index)
         self.intervals = self._shard if self.scatter else [(0, total)]
-        spans = [(slot.offset, slot.offset + slot.numel) for slot in self.model.slots]
+        spans = [(slot.offset, slot.offset + slot.numel) for slot in self.model.trained]
         self._reducer = GradientReducer(self.grads, spans, self._cuts, dp, self.scatter)
         self._counted = _intersect(self._counted_intervals(), self._shard)
         self._sums = _TensorSums(self.model, self.grads, self.world.axis("tp"))
@@ -157,41 +160,46 @@ class TrainEngine:
 
     def _counted_intervals(self) -> list[tuple[int, int]]:
         """Flat intervals of the elements that this rank, of its tp and pp peers, counts in norms."""
-        twin = self.model.tied_ends() if self.world.coords.pp else None
+        twin = self._twin if self.world.coords.pp else None
         out: list[tuple[int, int]] = []
-        for slot in self.model.slots:
+        end = 0  # of the part before, whoever counts it
+        for slot in self.model.trained:
             for part in slot.param.parts:
+                start = slot.offset + part.offset
+                gap, end = start - end, start + math.prod(part.size)
                 if part.replica or slot.param is twin:
                     continue
-                start = slot.offset + part.offset
-                stop = start + math.prod(part.size)
-                if out and start - out[-1][1] < ALIGN:  # alignment gaps are zero
-                    out[-1] = (out[-1][0], stop)
+                if out and start - out[-1][1] == gap < ALIGN:  # what lies between is an alignment's, and zero
+                    out[-1] = (out[-1][0], end)
                 else:
-                    out.append((start, stop))
+                    out.append((start, end))
         return out
+
+    @property
+    def _twin(self) -> nn.Parameter | None:
+        """A trained parameter whose twin is at the other end of the pipeline, if this rank holds one."""
+        twin = self.model.tied_ends()
+        return twin if twin in self._index else None
 
     def optimizer_layout(self, place: Callable[[int], Place] = rank_name, version: int = 0) -> Layout:
         """Where the optimizer's tensors (one of them) live on *all* ranks, in each one's flat buffer "shard"."""
-        weights = self.model.layout(place, version)
+        weights, frozen = self.model.trained_layout(place, version), self.model.frozen_ends(place)
         intervals = {}
         for rank in range(self.mesh.size):
             where = place(rank)
-            total = weights.sizes[where, "weights"]
-            cuts = buckets(
-                total, int(self.config.parallel.bucket_mb * 2**20 / self.grads.element_size()), 64 * self.mesh.dp
-            )
-            dp = self.mesh.coords(rank).dp
-            intervals[where] = shard_intervals(cuts, self.mesh.dp, dp) if self.scatter else [(0, total)]
+            start, dp = frozen[where], self.mesh.coords(rank).dp
+            total = weights.sizes[where, "weights"] - start
+            shares = shard_intervals(self._buckets(total), self.mesh.dp, dp) if self.scatter else [(0, total)]
+            intervals[where] = [(start + a, start + b) for a, b in shares]
         return cut(weights, intervals, of="weights", buffer="shard")
 
     # Gradients
 
     def _attach_gradients(self) -> None:
         """Make autograd accumulate into the flat buffer: directly, or through a hook where weights are narrower."""
-        self._index = {slot.param: i for i, slot in enumerate(self.model.slots)}
+        self._index = {slot.param: i for i, slot in enumerate(self.model.trained)}
         self._last_micro = False
-        for slot in self.model.slots:
+        for slot in self.model.trained:
             view = self.grads[slot.offset : slot.offset + slot.numel].view(slot.param.shape)
             hook = self._make_hook(slot.param, view)
             slot.param.register_post_accumulate_grad_hook(hook)
@@ -267,7 +275,7 @@ class TrainEngine:
         self._last_micro = False
         self._sums.all_reduce()
         self._exchange_tied_ends()
-        for index in range(len(self.model.slots)):
+        for index in range(len(self.model.trained)):
             self._reducer.ready(index)
         self._reducer.finish()
         return self._count(losses, batches)
@@ -292,15 +300,15 @@ class TrainEngine:
     def _chunk_done(self, chunk: int) -> None:
         shared = {*self.model.chunks[0].parameters()} & {*self.model.chunks[-1].parameters()}
         for param in self.model.chunks[chunk].parameters():
-            if param not in self._late and (len(self.model.chunks) == 1 or param not in shared):
+            late = param in self._late or (len(self.model.chunks) > 1 and param in shared)
+            if param in self._index and not late:
                 self._reducer.ready(self._index[param])
 
     def _exchange_tied_ends(self) -> None:
         """Add the two ends' gradients of a tied embedding; a + b = b + a, so both hold the same bits."""
-        twin = self.model.tied_ends()
-        if twin is None:
+        if self._twin is None:
             return
-        axis, slot = self.world.axis("pp"), self.model.slots[self._index[twin]]
+        axis, slot = self.world.axis("pp"), self.model.trained[self._index[self._twin]]
         mine = self.grads[slot.offset : slot.offset + slot.numel]
         other, peer = torch.empty_like(mine), axis.size - 1 - axis.index
         sent, received = axis.isend(mine, peer), axis.irecv(other, peer)
@@ -394,7 +402,7 @@ class TrainEngine:
         if not self.scatter:
             return
         axis = self.world.axis("dp")
-        handles = [axis.all_gather_into_(self.model.weights[a:b], async_op=True) for a, b in self._cuts]
+        handles = [axis.all_gather_into_(self.weights[a:b], async_op=True) for a, b in self._cuts]
         for handle in handles:
             handle.wait()
 
@@ -469,7 +477,7 @@ class _TensorSums:
 
     def __init__(self, model: ShardedModel, grads: Tensor, tp) -> None:
         self._tp, self._places, self.params, end = tp, [], set(), 0
-        for slot in model.slots:
+        for slot in model.trained:
             for part in slot.param.parts:
                 if not part.partial:
                     continue

@@ -114,14 +114,14 @@ def _first_bad(model: ShardedModel, grads: Tensor) -> tuple[int, str]:
     """(order of badness, tensor name); weights before gradients, later layers before earlier ones."""
     found = (_NONE, "")
     stages = model.world.mesh.pp
-    params = {slot.param: slot for slot in model.slots}
+    params = {slot.param: slot for slot in model.trained}
     for i, chunk in enumerate(model.chunks):
         position = (i * stages + model.world.coords.pp) * 10_000
         for j, param in enumerate(chunk.parameters()):
             if not param.parts:  # a vocabulary's share that is all padding
                 continue
-            slot = params[param]
-            grad = grads[slot.offset : slot.offset + slot.numel]
+            slot = params.get(param)
+            grad = grads[:0] if slot is None else grads[slot.offset : slot.offset + slot.numel]
             if not torch.isfinite(param).all():
                 found = min(found, (position + j - _NONE, param.parts[0].name))
             elif not torch.isfinite(grad).all():

@@ -51,8 +51,9 @@ def estimate_memory(arch: Any, mesh: Mesh, config: TrainConfig, sequence_length:
 
 def _of_rank(arch: Any, mesh: Mesh, config: TrainConfig, length: int, model: Any) -> MemoryEstimate:
     numel, dtype = model.weights.numel(), DTYPES[config.precision]
+    trained = numel - model.frozen
     wide = 8 if dtype == torch.float64 else 4
-    owned = numel // mesh.dp if config.parallel.zero else numel
+    owned = trained // mesh.dp if config.parallel.zero else trained
     copies = 2 + (dtype == torch.bfloat16)
     layers = sum(len(chunk.layers) for chunk in model.chunks)
     in_flight = min(config.micro_batches(mesh.dp), mesh.pp)
@@ -61,7 +62,7 @@ def _of_rank(arch: Any, mesh: Mesh, config: TrainConfig, length: int, model: Any
     last = any(chunk.last for chunk in model.chunks)
     return MemoryEstimate(
         weights=numel * dtype.itemsize,
-        gradients=numel * wide,
+        gradients=trained * wide,
         optimizer=owned * wide * copies,
         activations=layers * per_layer * in_flight + last * logits,
     )
@@ -86,10 +87,11 @@ def flops_per_token(arch: Any, length: int) -> float:
     """Model FLOPs of forward and backward per token: 6 per weight in a matrix product, plus causal attention.
 
     Attention counts the half of the scores that the mask leaves, as Megatron-Core and Megatron-Bridge do now; older
-    published numbers (and torchtitan's) count all of them. Recomputation does not count.
+    published numbers (and torchtitan's) count all of them. Recomputation does not count. A frozen weight takes 4: no
+    gradient of it is computed; adapters are too small to count.
     """
     head = arch.num_attention_heads * arch.head_dim
     groups = arch.num_key_value_heads * arch.head_dim
     layer = arch.hidden_size * (2 * head + 2 * groups + 3 * arch.intermediate_size)
     matrices = arch.num_hidden_layers * layer + arch.hidden_size * arch.vocab_size
-    return 6.0 * matrices + 6.0 * arch.num_hidden_layers * length * head
+    return (4.0 if arch.lora.rank else 6.0) * matrices + 6.0 * arch.num_hidden_layers * length * head

@@ -15,7 +15,7 @@ from raytron.config import PretrainConfig
 from raytron.data.build import Prepared, build_datasets
 from raytron.data.loader import GlobalBatches
 from raytron.metrics import EvalRecord, StepRecord
-from raytron.models.loading import build, load_weights
+from raytron.models.loading import begin
 from raytron.parallel.collectives import World
 from raytron.training.engine import DTYPES, StepResult, TrainEngine
 from raytron.training.memory import flops_per_token
@@ -40,12 +40,8 @@ class PretrainTask:
     def __init__(self, world: World, config: PretrainConfig, arch: Any, prepared: Prepared, checkpoints: str) -> None:
         self.world, self.config, self.prepared = world, config, prepared
         self._make_data()
-        model = build(arch, world, parallel=config.parallel, dtype=DTYPES[config.precision])
-        if config.model.path is None:
-            model.initialize(config.seed)
-        else:
-            load_weights(model, config.model.path)
-        self.engine = TrainEngine(model, config)
+        how = {"parallel": config.parallel, "dtype": DTYPES[config.precision]}
+        self.engine = TrainEngine(begin(config.model, arch, world, seed=config.seed, **how), config)
         policy = config.run.checkpoint_config
         self.saves = Saves(self.engine, checkpoints, policy, prepared.tokenizer_directory)
         self._flops = flops_per_token(arch, config.data.sequence_length)

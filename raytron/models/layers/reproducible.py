@@ -24,14 +24,14 @@ __all__ = ["ReproducibleSequences", "linear", "rms_norm", "swiglu"]
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        ctx.bias = bias is not None
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return kernels.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return grad @ weight, grad.mT @ x, grad.sum(0) if ctx.bias else None
+        (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad
+        grad_x, grad_weight = grad @ weight if needed[0] else None, grad.mT @ x if needed[1] else None
+        return grad_x, grad_weight, grad.sum(0) if needed[2] else None
 
 
 class _KernelRMSNorm(_RMSNorm):
