@@ -95,6 +95,9 @@ def _openai(app: FastAPI, service: Service) -> None:
     async def detokenize(http: Request) -> Response:
         asked = await parse(protocol.DetokenizeRequest, await http.body())
         text = await service.text(service.card(asked.model))
+        if (highest := max(asked.tokens, default=0)) >= text.tokenizer.vocab_size:
+            last = text.tokenizer.vocab_size - 1
+            raise Refused(f"token {highest} is not in the vocabulary, which ends at {last}", param="tokens")
         return json_response({"prompt": await asyncio.to_thread(text.decode, asked.tokens)})
 
 

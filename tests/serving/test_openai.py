@@ -302,6 +302,9 @@ def test_tokens_there_and_back(live):
     assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
     back = httpx.post(f"{live.url}/detokenize", json={"model": "tiny", "tokens": found["tokens"]}).json()
     assert back == {"prompt": text}
+    beyond = httpx.post(f"{live.url}/detokenize", json={"model": "tiny", "tokens": [1, 10**9]})
+    assert beyond.status_code == 400
+    assert "token 1000000000 is not in the vocabulary" in beyond.json()["error"]["message"]
     chat = httpx.post(f"{live.url}/tokenize", json={"messages": HELLO}).json()
     assert bytes(chat["tokens"]).decode() == PROMPT_OF_HELLO
 
