@@ -142,6 +142,30 @@ def test_a_trainer_in_the_drivers_process(cluster: Session, folder):
     run(main)
 
 
+@pytest.mark.slow
+def test_native_and_vllm_engines_take_the_same_push_and_answer_alike(cluster: Session, trainer, folder):
+    pytest.importorskip("vllm")
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0)
+
+    async def main() -> None:
+        async with RolloutGroup([config(folder), config(folder, engine="vllm")], EACH) as group:
+            sync = WeightSync(group, trainer)
+            for version in (1, 2):
+                trainer.call("train", version)
+                report = await sync.push(version)
+                assert report.engines == (0, 1)
+                assert report.checksum == sum_of(version) == await sync.verify()
+                found = await asyncio.gather(*(group.generate(PROMPT, params) for _ in range(8)))
+                by_engine = {one.engine: one for one in found}
+                native, vllm = by_engine[0], by_engine[1]
+                assert native.token_ids.tolist() == vllm.token_ids.tolist()
+                assert abs(native.logprobs - vllm.logprobs).max() < 1e-4
+                assert {int(v) for one in found for v in one.versions} == {version}
+            await sync.close()
+
+    run(main)
+
+
 @pytest.mark.parametrize("mode", ["keep", pytest.param("abort", marks=pytest.mark.slow)])
 def test_running_requests_at_a_push(cluster: Session, trainer, folder, mode: str):
     async def main() -> None:
