@@ -37,6 +37,8 @@ __all__ = [
     "RecomputeConfig",
     "ReplicaConfig",
     "RunConfig",
+    "SFTConfig",
+    "SFTDataConfig",
     "ScalingConfig",
     "ScheduleConfig",
     "ServeConfig",
@@ -158,6 +160,41 @@ class DataConfig(Typed):
             all(w > 0 and math.isfinite(w) for w, _ in self.blend), "data.blend: every weight must be a positive number"
         )
         _require(self.workers is None or self.workers >= 1, f"data.workers is {self.workers}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class SFTDataConfig(Typed):
+    """Prompts with answers to fine-tune on, and how they are put into rows."""
+
+    path: str | None = None
+    """JSONL, or a folder of it: {"prompt", "response"}, {"messages"} or {"tokens", "chosen"} in each line."""
+    evaluation_path: str | None = None
+    """The same to evaluate on."""
+    held_out: int = 0
+    """Without `evaluation_path`: so many of the first examples are evaluated on, and not trained on."""
+    tokenizer: str | None = None
+    """A Hugging Face directory or tokenizer.json; by default the model's own, and bytes for a new model."""
+    sequence_length: int = 1024
+    """Tokens of a row."""
+    packing: bool = True
+    """Several examples in a row, which don't see each other; else each has one of its own."""
+    overlong: Literal["refuse", "truncate", "drop"] = "refuse"
+    """Examples longer than a row: end the run, cut them, or leave them out; how many is said."""
+    chat: bool = False
+    """Render a prompt and its response as a chat too, through the tokenizer's chat template."""
+    seed: int = 1234
+    """Of the order, which is another one in each epoch."""
+    cache_path: str | None = None
+    """Where tokenized examples are kept; by default beside the run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.sequence_length >= 1, f"data.sequence_length is {self.sequence_length}; it must be at least 1")
+        _require(self.held_out >= 0, f"data.held_out is {self.held_out}; it must not be negative")
+        _require(
+            not (self.evaluation_path and self.held_out),
+            "data.evaluation_path and data.held_out exclude each other; set one of them",
+        )
 
 
 @dataclass(frozen=True)
@@ -587,6 +624,35 @@ class PretrainConfig(TrainConfig):
             f"{self.parallel.pp}; use a multiple of {unit}",
         )
         return workers // unit
+
+
+@dataclass(frozen=True)
+class SFTConfig(PretrainConfig):
+    """A whole supervised fine-tuning run. What is not here is as in pretraining."""
+
+    data: SFTDataConfig = field(default_factory=SFTDataConfig)
+    epochs: int = 1
+    """How often the examples are gone through."""
+    steps: int = 0
+    """Steps of the whole run; 0: as many as `epochs` take."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(lr=1e-5, min_lr=0.0, weight_decay=0.0, beta2=0.999)
+    )
+    evaluation: EvalConfig = field(default_factory=lambda: EvalConfig(batches=32))
+    """Of the held-out examples, so many global batches at most."""
+    answers: int = 3
+    """Held-out prompts that the model is asked at the end, in the driver's process; 0 for a model too large for it."""
+    run: RunConfig = field(default_factory=lambda: RunConfig(name="sft"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.epochs >= 1, f"epochs is {self.epochs}; it must be at least 1 (or set steps)")
+        _require(self.answers >= 0, f"answers is {self.answers}; it must not be negative")
+
+    @property
+    def tokenizer(self) -> str:
+        """What `raytron.data.load_tokenizer` takes."""
+        return self.data.tokenizer or self.model.path or "byte"
 
 
 def cli(default: T, *, description: str | None = None, args: Sequence[str] | None = None) -> T:

@@ -15,13 +15,14 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from raytron.actors import CapacityError, Session, TrainerGroup, WorkerError, from_ray_train, result
+from raytron.actors import CapacityError, Session, TrainerGroup, from_ray_train, result
 from raytron.actors.placement import Node, cluster, ranks_that_fit
-from raytron.actors.runs import RunFolder, stop_requests
+from raytron.actors.runs import RunFolder, attempts, stop_requests
 from raytron.actors.trainer import resources
 from raytron.config import PretrainConfig, RunConfig, ScalingConfig
 from raytron.data import build_datasets, load_tokenizer, prepare, unigram_entropy
@@ -41,12 +42,10 @@ from raytron.training.task import PretrainTask, sample_counts
 if TYPE_CHECKING:
     import ray.train
 
-__all__ = ["run"]
+__all__ = ["Run", "run"]
 
 log = logging.getLogger(__name__)
 
-# Kinds of failures of a rank that say what the user can do, and are no reason to start it again.
-USER_ERRORS = ("ValueError", "DamagedFile", "CoverageError", "TrainingStopped")
 VOCABULARY_SLACK = 1024  # rows a published model may have beyond its tokenizer's entries
 
 
@@ -71,11 +70,7 @@ def run(
         CapacityError: the cluster cannot hold the run, in ranks or in memory.
         WorkerError: actors failed more often than `failure_config.max_failures`.
     """
-    if run_config is not None:
-        config = replace(config, run=from_ray_train(run_config))
-    if scaling_config is not None:
-        config = replace(config, scaling=from_ray_train(scaling_config))
-    return _Run(config).drive()
+    return Run.of(config, run_config, scaling_config).drive()
 
 
 @dataclass
@@ -86,21 +81,29 @@ class _Progress:
     last: StepRecord | None = None
     held_out: EvalRecord | None = None
     seconds: float = 0.0
-    tokens: int = 0
+    tokens: float = 0.0
 
     def step(self, record: StepRecord) -> None:
         if self.last is not None:  # the first step of a process pays for warming up
             self.seconds += record.step_time_s
-            self.tokens += record.consumed_tokens - self.last.consumed_tokens
+            self.tokens += record.tokens_per_s * record.step_time_s
         self.first, self.last = self.first or record, record
 
 
-class _Run:
-    """One run, from its checks to its summary."""
+class Run:
+    """One run, from its checks to its summary. Another kind of training has another task, and says what it is on.
+
+    Attributes:
+        task: what every rank runs: `task(world, config, arch, prepared, checkpoints)`, with the methods of
+            `PretrainTask`.
+        prepared: what ranks are told of the data, once `prepare` has made it.
+    """
+
+    task: type = PretrainTask
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config, self.console = config, Console()
-        self.arch = resolve(config.model)
+        self.arch = self.architecture()
         self.arch.check_sequence(config.data.sequence_length)
         parallel = config.parallel
         self.mesh = Mesh(dp=config.dp(), pp=parallel.pp, tp=parallel.tp)
@@ -109,45 +112,70 @@ class _Run:
         self.progress = _Progress()
         self.folder.refuse_overwriting(config.resume)
 
+    @classmethod
+    def of(
+        cls,
+        config: PretrainConfig,
+        run_config: RunConfig | ray.train.RunConfig | None = None,
+        scaling_config: ScalingConfig | ray.train.ScalingConfig | None = None,
+    ) -> Run:
+        """A run, with Ray Train's own objects where they are given."""
+        if run_config is not None:
+            config = replace(config, run=from_ray_train(run_config))
+        if scaling_config is not None:
+            config = replace(config, scaling=from_ray_train(scaling_config))
+        return cls(config)
+
+    def architecture(self) -> Any:
+        """The model's."""
+        return resolve(self.config.model)
+
+    def prepare(self, cache: str) -> None:
+        """Do with the data what is to be done once; ranks then read it from `cache`. May complete the configuration."""
+        data = self.config.data
+        if not data.tokenizer.startswith("bpe:"):  # before the whole corpus is tokenized with a wrong one
+            check_vocabulary(load_tokenizer(data.tokenizer).vocab_size, self.arch.vocab_size)
+        self.prepared = prepare(data, cache)
+        # Build the sample indices, so that ranks only map them; keep the held-out part for the summary.
+        _, self.held_out, _ = build_datasets(data, self.prepared, *sample_counts(self.config))
+
+    def source(self) -> str:
+        """The data, in words."""
+        data = self.config.data
+        if not (data.path or data.blend):
+            return "mock data"
+        source = data.path or f"blend of {len(data.blend)}"
+        return f"{source}, {self.prepared.tokens:,} tokens in {self.prepared.documents:,} documents"
+
+    def unigram(self) -> float | None:
+        """What the held-out loss is compared with, in nats."""
+        return None if self.held_out is None else unigram_entropy(self.held_out)
+
+    def show(self, checkpoint: str | None) -> None:
+        """Show what the trained model does, below the summary."""
+
     def drive(self) -> ray.train.Result:
+        """The whole run."""
         start = time.perf_counter()
-        self.folder.describe(self.config)
-        cache = os.environ.get("RAYTRON_CACHE") or str(self.folder.path / "data")
-        if not self.config.data.tokenizer.startswith("bpe:"):  # before the whole corpus is tokenized with a wrong one
-            check_vocabulary(load_tokenizer(self.config.data.tokenizer).vocab_size, self.arch.vocab_size)
-        self.prepared = prepare(self.config.data, cache)
+        self.prepare(os.environ.get("RAYTRON_CACHE") or str(self.folder.path / "data"))
         check_vocabulary(self.prepared.vocab_size, self.arch.vocab_size)
-        self._index()
+        self.folder.describe(self.config)
         with Session(slots=self.mesh.size) as session, stop_requests() as stop:
             self.mesh = replace(self.mesh, dp=fitting_dp(self.config, cluster()))
             self._announce()
             refuse_if_too_big(self.memory, self.mesh, self.config)
-            checkpoint = self._attempts(session, stop)
+            once = partial(self._attempt, session, stop)
+            checkpoint = attempts(once, self.config.run, self.config.resume, stop, self.say)
         return self._finish(checkpoint, time.perf_counter() - start)
-
-    def _attempts(self, session: Session, stop: threading.Event) -> str | None:
-        """Run until done or stopped, from the newest checkpoint after every failure that is still allowed."""
-        failures = 0
-        while True:
-            try:
-                return self._attempt(session, stop, resume=self.config.resume or failures > 0)
-            except WorkerError as error:
-                if error.failure.kind in USER_ERRORS:  # it would fail again: the user has to mend something
-                    raise ValueError(error.failure.message) from error
-                failures += 1
-                allowed = self.config.run.failure_config.max_failures
-                if 0 <= allowed < failures or stop.is_set():
-                    raise
-                self._say(f"{error}\nfailure {failures} of {allowed}: starting the actors again")
 
     def _attempt(self, session: Session, stop: threading.Event, resume: bool) -> str | None:
         with TrainerGroup(self.mesh, self.config.scaling, wait_s=session.wait_s) as group:
-            group.create(PretrainTask, self.config, self.arch, self.prepared, self.folder.checkpoints)
+            group.create(self.task, self.config, self.arch, self.prepared, self.folder.checkpoints)
             step, damaged = group.load() if resume else (0, [])
             for problem in damaged:
-                self._say(f"passed over a damaged checkpoint: {problem}")
+                self.say(f"passed over a damaged checkpoint: {problem}")
             if step:
-                self._say(f"continuing from step {step} of {self.folder.checkpoints}", style="")
+                self.say(f"continuing from step {step} of {self.folder.checkpoints}", style="")
             sinks = self.folder.sinks(self.config, self.console, step)
             with MetricsWriter(sinks) as writer:
                 self._loop(group, writer, step, stop)
@@ -163,16 +191,16 @@ class _Run:
             for record in group.steps(milestone - step, stop.is_set):
                 self.progress.step(record)
                 writer.write(record)
-                self._say(record.notice)
+                self.say(record.notice)
                 step = record.step
             end = step == config.steps or stop.is_set()
             # The evaluation's record is on disk before the checkpoint it belongs to exists: a resume keeps both.
             if not stop.is_set() and (end or (evaluate_every and step % evaluate_every == 0)):
                 self._evaluate(group, writer)
             if end or (save_every and step % save_every == 0):
-                self._say(group.save(wait=end))
+                self.say(group.save(wait=end))
 
-    def _say(self, what: str | None, style: str = "yellow") -> None:
+    def say(self, what: str | None, style: str = "yellow") -> None:
         """Print a line as it is: paths are not broken."""
         if what:
             self.console.print(what, style=style, markup=False, highlight=False, soft_wrap=True)
@@ -185,22 +213,17 @@ class _Run:
 
     def _announce(self) -> None:
         mesh, config = self.mesh, self.config
-        if config.data.path or config.data.blend:
-            source = config.data.path or f"blend of {len(config.data.blend)}"
-            source += f", {self.prepared.tokens:,} tokens in {self.prepared.documents:,} documents"
-        else:
-            source = "mock data"
         self.console.print(
             f"[bold]{config.run.name}[/]: {self.arch.family} of {config.model.path or config.model.preset}, "
             f"{mesh.size} ranks = dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp}, {config.precision}\n"
-            f"data: {source}, vocabulary {self.prepared.vocab_size:,}\nmemory: about {self.memory}",
+            f"data: {self.source()}, vocabulary {self.prepared.vocab_size:,}\nmemory: about {self.memory}",
             highlight=False,
         )
 
     def _finish(self, checkpoint: str | None, wall_s: float) -> ray.train.Result:
         folder = self.folder.path
         metrics_file, picture = folder / "metrics.jsonl", folder / "loss.png"
-        unigram = self._unigram() if self.progress.held_out else None
+        unigram = self.unigram() if self.progress.held_out else None
         if read_records(metrics_file):
             loss_curve_png(metrics_file, picture, unigram=unigram)
         progress, last = self.progress, self.progress.last
@@ -219,6 +242,7 @@ class _Run:
                 files=files,
             )
             self.console.print(table)
+            self.show(checkpoint)
         self.folder.upload()
         return result(self._metrics(unigram), checkpoint, str(self.folder.storage))
 
@@ -226,15 +250,10 @@ class _Run:
         last, held_out = self.progress.last, self.progress.held_out
         metrics = {} if last is None else {k: v for k, v in vars(last).items() if not isinstance(v, dict)}
         if held_out is not None:
-            metrics |= {"eval_loss": held_out.loss, "unigram_entropy": unigram}
+            metrics["eval_loss"] = held_out.loss
+        if unigram is not None:
+            metrics["unigram_entropy"] = unigram
         return metrics
-
-    def _index(self) -> None:
-        """Build the sample indices once, so that ranks only map them; keep the held-out part for the summary."""
-        _, self.held_out, _ = build_datasets(self.config.data, self.prepared, *sample_counts(self.config))
-
-    def _unigram(self) -> float | None:
-        return None if self.held_out is None else unigram_entropy(self.held_out)
 
 
 def check_vocabulary(entries: int, vocab_size: int) -> None:

@@ -10,11 +10,8 @@ What the environment says is part of the context and masked from the loss. Your 
 from raytron.config import EngineConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, cli
 from raytron.rl.config import AlgorithmConfig, RLConfig, RLEvalConfig, RolloutConfig, TaskConfig
 
-TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 176, "max_position_embeddings": 64, "initializer_range": 0.1}  # fmt: skip
-
 config = RLConfig(
-    model=ModelConfig(preset="llama-3m", overrides=TINY),
+    model=ModelConfig(preset="llama-tiny"),
     task=TaskConfig(name="higher-lower"),
     algorithm=AlgorithmConfig(name="grpo", clip_high=0.28, entropy_coefficient=0.01),
     rollout=RolloutConfig(engine=EngineConfig(max_num_seqs=512, max_batched_tokens=4096, kv_cache_mb=64)),

@@ -7,11 +7,8 @@ python recipes/ppo.py --task.name reverse --algorithm.lam 0.95 --run.name revers
 from raytron.config import EngineConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, cli
 from raytron.rl.config import AlgorithmConfig, RLConfig, RLEvalConfig, RolloutConfig, TaskConfig
 
-TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 176, "max_position_embeddings": 64, "initializer_range": 0.1}  # fmt: skip
-
 config = RLConfig(
-    model=ModelConfig(preset="llama-3m", overrides=TINY),
+    model=ModelConfig(preset="llama-tiny"),
     task=TaskConfig(name="copy"),
     algorithm=AlgorithmConfig(name="ppo", clip_high=0.28),
     rollout=RolloutConfig(engine=EngineConfig(max_num_seqs=512, max_batched_tokens=4096, kv_cache_mb=64)),

@@ -39,10 +39,8 @@ config = PretrainConfig(
     run=RunConfig(name="quickstart", checkpoint_config=CheckpointConfig(interval=90)),
 )
 
-tiny = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 176, "max_position_embeddings": 64, "initializer_range": 0.1}  # fmt: skip
 policy = RLConfig(
-    model=ModelConfig(preset="llama-3m", overrides=tiny),
+    model=ModelConfig(preset="llama-tiny"),
     task=TaskConfig(name="echo-digit"),
     rollout=RolloutConfig(engine=EngineConfig(max_num_seqs=256, max_batched_tokens=4096, kv_cache_mb=64)),
     steps=40,

@@ -17,6 +17,7 @@ PUBLIC = {
     "raytron.inference": ("LLM", "SamplingParams", "Engine"),
     "raytron.actors": ("TrainerGroup",),
     "raytron.pretrain": ("run",),
+    "raytron.sft": ("run",),
 }
 ROOMS = sorted(f"raytron.{room.name}" for room in pkgutil.iter_modules(raytron.__path__))
 

@@ -23,12 +23,13 @@ ORDER = (
     {"training", "inference"},
     {"post_training"},
     {"actors"},
-    {"pretrain", "rl", "serving"},
+    {"pretrain"},
+    {"sft", "rl", "serving"},
     {"cli"},
     {"recipes"},
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-MAY_IMPORT_RAY = {"actors", "pretrain", "rl", "serving", "cli"}
+MAY_IMPORT_RAY = {"actors", "pretrain", "sft", "rl", "serving", "cli"}
 
 
 def room_of(module: str) -> str | None:
@@ -106,6 +107,8 @@ def test_imports_go_leftwards_and_ray_stays_with_the_drivers():
         ("raytron.config", "import torch"),
         ("raytron.config", "from numpy.typing import NDArray"),
         ("raytron.pretrain", "from raytron.serving.app import build"),
+        ("raytron.pretrain", "from raytron.sft import run"),
+        ("raytron.rl.driver", "from raytron.sft import run"),
         ("raytron.actors.trainer", "from recipes.llama3 import config"),
         ("raytron.__init__", "from raytron.config import RunConfig"),
         ("recipes.simple_loop", "import ray"),

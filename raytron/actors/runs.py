@@ -7,19 +7,25 @@ import platform
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
+from raytron.actors.failures import WorkerError
 from raytron.checkpoint import Storage
 from raytron.config import RunConfig, to_dict
 from raytron.metrics import JsonlSink, MlflowSink, ProgressSink, PrometheusSink, TensorBoardSink, WandbSink
 
-__all__ = ["RunFolder", "stop_requests", "versions"]
+__all__ = ["RunFolder", "attempts", "stop_requests", "versions"]
+
+T = TypeVar("T")
+
+# Kinds of failures of a rank that say what the user can do, and are no reason to start it again.
+USER_ERRORS = ("ValueError", "DamagedFile", "CoverageError", "TrainingStopped")
 
 
 class RunFolder:
@@ -81,6 +87,33 @@ class RunFolder:
             part = file.relative_to(self.path)
             if file.is_file() and part.parts[0] not in ("data", "checkpoints"):
                 self.storage.write(part.as_posix(), file.read_bytes())
+
+
+def attempts(
+    attempt: Callable[[bool], T], run: RunConfig, resume: bool, stop: threading.Event, say: Callable[[str], None]
+) -> T:
+    """What `attempt(resume)` returns, tried again from the newest checkpoint after every failure that `run` allows.
+
+    Args:
+        resume: whether the first attempt continues from a checkpoint; all others do.
+        stop: once it is set, a failure is the last.
+        say: takes a line for the user.
+
+    Raises:
+        ValueError: a rank failed over something that the user has to mend.
+        WorkerError: ranks failed more often than `run.failure_config.max_failures`.
+    """
+    failures, allowed = 0, run.failure_config.max_failures
+    while True:
+        try:
+            return attempt(resume or failures > 0)
+        except WorkerError as error:
+            if error.failure.kind in USER_ERRORS:  # it would fail again
+                raise ValueError(error.failure.message) from error
+            failures += 1
+            if 0 <= allowed < failures or stop.is_set():
+                raise
+            say(f"{error}\nfailure {failures} of {allowed}: starting the actors again")
 
 
 @contextmanager

@@ -41,15 +41,17 @@ class Loaded:
     bad: dict[str, str]
 
 
-def load_checkpoint(storage: Storage, axis: Axis, engine: Any) -> Loaded | None:
+def load_checkpoint(storage: Storage, axis: Axis, engine: Any, most: int | None = None) -> Loaded | None:
     """Fill the engine's weights and optimizer buffers; None when there is no checkpoint. Collective over `axis`.
+
+    most: pass over those of later steps.
 
     Raises, on every rank:
         DamagedFile: there are checkpoints, and all are damaged.
         ValueError: a checkpoint is of another model or optimizer, or of a newer format.
         OSError: the storage can't be listed.
     """
-    names, error = share(axis, _listed(storage) if axis.index == 0 else None)
+    names, error = share(axis, _listed(storage, most) if axis.index == 0 else None)
     if error is not None:
         raise OSError(error)
     bad: dict[str, str] = {}
@@ -70,9 +72,9 @@ def load_checkpoint(storage: Storage, axis: Axis, engine: Any) -> Loaded | None:
     return None
 
 
-def _listed(storage: Storage) -> tuple[list[str], str | None]:
+def _listed(storage: Storage, most: int | None) -> tuple[list[str], str | None]:
     try:
-        return complete(storage), None
+        return complete(storage, most), None
     except OSError as error:
         return [], f"{storage}: {error.strerror or error}"
 

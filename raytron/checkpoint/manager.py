@@ -192,8 +192,10 @@ class CheckpointManager:
 
     # Loading
 
-    def load(self, engine: Engine) -> dict[str, int | float] | None:
+    def load(self, engine: Engine, most: int | None = None) -> dict[str, int | float] | None:
         """Fill the engine's weights and optimizer buffers from the newest checkpoint that is whole, at any layout.
+
+        most: of this step or an earlier one.
 
         Returns its record, which the caller gives the engine; None when there is no checkpoint. Damaged checkpoints are
         reported (logged) and passed over.
@@ -203,7 +205,7 @@ class CheckpointManager:
             ValueError: the checkpoint is of another model or optimizer.
         """
         self.wait()
-        loaded = load_checkpoint(self.storage, engine.model.world.extra("checkpoint"), engine)
+        loaded = load_checkpoint(self.storage, engine.model.world.extra("checkpoint"), engine, most)
         if loaded is None:
             return None
         self._bad, self.passed_over = set(loaded.bad), loaded.bad

@@ -81,13 +81,13 @@ def temporary_name(checkpoint: str) -> str:
     return f".{checkpoint}.tmp"
 
 
-def complete(storage: Storage) -> list[str]:
-    """Names of the checkpoints that exist, newest first.
+def complete(storage: Storage, most: int | None = None) -> list[str]:
+    """Names of the checkpoints that exist, newest first; most: none of a later step.
 
     `step_N.old` is the former checkpoint of a step that was saved again; it counts until the new one has its name.
     """
     found = [(int(m[1]), m[2] is None, m[0]) for name in storage.folders() if (m := _NAME.fullmatch(name))]
-    names = [name for *_, name in sorted(found, reverse=True)]
+    names = [name for step, *_, name in sorted(found, reverse=True) if most is None or step <= most]
     return [name for name in names if storage.size(f"{name}/{MANIFEST}") is not None]
 
 

@@ -1,4 +1,4 @@
-"""From text on disk to micro-batches: tokenizers, Megatron's ``.bin/.idx``, GPT samples, blends, the loader.
+"""From text on disk to micro-batches: tokenizers, Megatron's ``.bin/.idx``, GPT samples, blends, examples, the loader.
 
 The order of the data is a pure function of the sample index (ARCHITECTURE, idea 3): sample ``i`` of a run is fixed by
 the dataset, the seed and ``i``, and the only state of a loader is how many samples were consumed.
@@ -18,8 +18,10 @@ from raytron.data.gpt import GPTDataset, Sample
 from raytron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from raytron.data.mock import MockDocuments
 from raytron.data.preprocess import PreprocessSummary, preprocess
+from raytron.data.sft import Examples, PreparedExamples, SFTDataset, build_sft_datasets, prepare_examples
 from raytron.data.stdlib import write_stdlib_corpus
 from raytron.data.tokenizer import ByteTokenizer, HFTokenizer, NullTokenizer, Tokenizer, load_tokenizer, train_bpe
+from raytron.data.word_problems import write_word_problems
 
 if TYPE_CHECKING:
     from raytron.data.loader import GlobalBatches, MicroBatch, Prefetcher
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BlendedDataset",
     "ByteTokenizer",
+    "Examples",
     "GPTDataset",
     "GlobalBatches",
     "HFTokenizer",
@@ -37,16 +40,21 @@ __all__ = [
     "NullTokenizer",
     "Prefetcher",
     "Prepared",
+    "PreparedExamples",
     "PreprocessSummary",
+    "SFTDataset",
     "Sample",
     "Tokenizer",
     "build_datasets",
+    "build_sft_datasets",
     "load_tokenizer",
     "prepare",
+    "prepare_examples",
     "preprocess",
     "train_bpe",
     "unigram_entropy",
     "write_stdlib_corpus",
+    "write_word_problems",
 ]
 
 

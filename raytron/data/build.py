@@ -80,9 +80,9 @@ def prepare(config: DataConfig, cache_path: str | os.PathLike[str] | None = None
     if not blend and not config.mock:
         raise ValueError("data.path is not set; name a text, JSONL or Parquet file, a folder, or set data.mock")
     paths = [path for _, path in blend]
-    with _alone(cache):
+    with alone(cache):
         tokenizer = _tokenizer(config, paths, cache)
-        directory = _keep_tokenizer(tokenizer, cache)
+        directory = keep_tokenizer(tokenizer, cache)
         sources = [_source(config, path, tokenizer, cache, progress) for path in paths]
     return Prepared(
         tokenizer_directory=str(directory),
@@ -99,7 +99,7 @@ def prepare(config: DataConfig, cache_path: str | os.PathLike[str] | None = None
 
 
 @contextmanager
-def _alone(cache: Path) -> Iterator[None]:
+def alone(cache: Path) -> Iterator[None]:
     """Runs that share a cache (and ranks that all prepare) take turns, so the later ones find the work done."""
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / ".lock").open("a") as lock:
@@ -117,7 +117,7 @@ def _tokenizer(config: DataConfig, paths: Sequence[str], cache: Path) -> Tokeniz
             f"data.tokenizer {config.tokenizer!r} is trained on raw text, and there is none (mock or tokenized data):"
             " name the tokenizer that the data was made with, or 'null:SIZE' for mock data"
         )
-    directory = cache / f"tokenizer-{_fingerprint(files, 'bpe', size, config.json_key)}"
+    directory = cache / f"tokenizer-{fingerprint(files, 'bpe', size, config.json_key)}"
     if not directory.is_dir():
         _save_tokenizer(train_tokenizer(files, size, config.json_key), directory)
     return load_tokenizer(directory)
@@ -136,8 +136,8 @@ def _texts(files: Sequence[Path], json_key: str, enough: int) -> Iterator[str]:
         yield from (text.text for text in read_span(span, json_key))
 
 
-def _keep_tokenizer(tokenizer: Tokenizer, cache: Path) -> Path:
-    directory = cache / f"tokenizer-{_tokenizer_key(tokenizer)}"
+def keep_tokenizer(tokenizer: Tokenizer, cache: Path) -> Path:
+    directory = cache / f"tokenizer-{tokenizer_key(tokenizer)}"
     if not directory.is_dir():
         _save_tokenizer(tokenizer, directory)
     return directory
@@ -150,7 +150,7 @@ def _save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         partial.rename(directory)
 
 
-def _tokenizer_key(tokenizer: Tokenizer) -> str:
+def tokenizer_key(tokenizer: Tokenizer) -> str:
     if not isinstance(tokenizer, HFTokenizer):
         return f"{type(tokenizer).__name__}-{tokenizer.vocab_size}"
     import xxhash
@@ -161,7 +161,7 @@ def _tokenizer_key(tokenizer: Tokenizer) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(files: Sequence[Path], *settings: object) -> str:
+def fingerprint(files: Sequence[Path], *settings: object) -> str:
     """A hash of the names and contents of `files`, and of what else the result depends on."""
     import xxhash
 
@@ -194,7 +194,7 @@ def _tokenized(config: DataConfig, path: str, tokenizer: Tokenizer, cache: Path,
     files = find_files(path)
     # Splits and shuffles move whole documents of the index, so a few long files are cut into enough of them.
     piece_bytes = min(PIECE_BYTES, max(8 << 10, sum(file.stat().st_size for file in files) // 512))
-    key = _fingerprint(files, "text", config.json_key, piece_bytes, _tokenizer_key(tokenizer))
+    key = fingerprint(files, "text", config.json_key, piece_bytes, tokenizer_key(tokenizer))
     prefix = str(cache / f"text-{key}")
     record = Path(prefix + ".json")
     if not (record.is_file() and all(os.path.isfile(prefix + suffix) for suffix in (".bin", ".idx"))):

@@ -15,12 +15,16 @@ and then a line that begins with "User:" ends its answer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 __all__ = ["ChatTemplate", "Rendered"]
+
+_MARK = "\ue000"  # a private-use character, which nobody says
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,52 @@ class ChatTemplate:
         except Exception as error:  # templates raise whatever they like about messages they do not care for
             raise ValueError(f"the model's chat template can't take these messages: {error}") from error
         return Rendered(rendered[0])
+
+    def pieces(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        ends: Collection[str] = (),
+    ) -> list[tuple[str, bool]]:
+        """A whole chat in consecutive texts, each with whether the assistant says it: what there is to learn.
+
+        A turn begins where the prompt for it ends and goes to the end of its content or calls, and over one of `ends`
+        (special tokens) that follows. Nothing is given of what follows the last turn.
+
+        The places are found without knowing the template: the chat is rendered once more with a mark instead of the
+        turn, and what differs is the turn. (Templates seldom have `{% generation %}` marks, and the rendering of a
+        chat's beginning need not be the beginning of its rendering: some drop the reasoning of earlier turns.)
+
+        Raises ValueError where the template refuses the messages, or leaves an assistant's turn out.
+        """
+        whole = self.render(messages, tools, add_generation_prompt=False).prompt
+        end_token = re.compile(rf"\s*(?:{'|'.join(map(re.escape, ends))})") if ends else None
+        out: list[tuple[str, bool]] = []
+        at = 0
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            begin, end = self._place(whole, messages, turn, tools)
+            if end_token is not None and (found := end_token.match(whole, end)):
+                end = found.end()
+            out += [(whole[at:begin], False), (whole[begin:end], True)]
+            at = end
+        return [(text, said) for text, said in out if text]
+
+    def _place(
+        self, whole: str, messages: Sequence[Mapping], turn: int, tools: Sequence[Mapping] | None
+    ) -> tuple[int, int]:
+        """Where in the rendered chat an assistant's turn is."""
+        marked = [*messages[:turn], {"role": "assistant", "content": _MARK}, *messages[turn + 1 :]]
+        other = self.render(marked, tools, add_generation_prompt=False).prompt
+        if other.count(_MARK) != 1:
+            raise ValueError(f"the model's chat template leaves out message {turn + 1}, an assistant's")
+        begin = len(os.path.commonprefix((whole, other)))
+        end = len(whole) - len(os.path.commonprefix((whole[::-1], other[::-1])))
+        prompt = self.render(messages[:turn], tools).prompt if turn else ""
+        if turn and len(prompt) <= end and whole.startswith(prompt):
+            begin = len(prompt)  # what a template writes behind it, such as an empty thought, is the model's to write
+        return begin, end
 
 
 def _plainly(messages: Sequence[Mapping], tools: Sequence[Mapping] | None, options: Mapping[str, Any]) -> str:

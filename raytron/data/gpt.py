@@ -278,12 +278,12 @@ def cached_arrays(
     if not (marker.is_file() and all(path.is_file() for path in paths)):
         marker.parent.mkdir(parents=True, exist_ok=True)
         for path, array in zip(paths, build(), strict=True):
-            _write_whole(path, lambda file, array=array: np.save(file, array))
-        _write_whole(marker, lambda file: file.write(text.encode()))
+            write_whole(path, lambda file, array=array: np.save(file, array))
+        write_whole(marker, lambda file: file.write(text.encode()))
     return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
 
 
-def _write_whole(path: Path, write: Callable[[Any], object]) -> None:
+def write_whole(path: Path, write: Callable[[Any], object]) -> None:
     """Write through a temporary name of this writer's own, so that readers and other writers see whole files."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -23,7 +23,7 @@ from raytron.data.gpt import Sample
 
 
 class SampleDataset(Protocol):
-    """`GPTDataset` or `BlendedDataset`."""
+    """`GPTDataset`, `BlendedDataset` or `SFTDataset`."""
 
     sequence_length: int
     document_mask: bool
@@ -54,7 +54,11 @@ class MicroBatch:
 
 class GlobalBatches:
     """Reads any rank's part of any global batch of `dataset`, which says whether batches carry document ids (it was
-    built with `document_mask`) and position ids (built so that they restart with the document)."""
+    built with `document_mask`) and position ids (built so that they restart with the document).
+
+    trim: leave out the columns behind the last of a micro-batch that has a loss, which no other depends on, down to a
+    multiple of this; None keeps all.
+    """
 
     def __init__(
         self,
@@ -62,6 +66,7 @@ class GlobalBatches:
         global_batch_size: int,
         micro_batch_size: int,
         sequence_length: int,
+        trim: int | None = None,
     ) -> None:
         if global_batch_size < 1 or micro_batch_size < 1 or global_batch_size % micro_batch_size:
             raise ValueError(
@@ -77,6 +82,7 @@ class GlobalBatches:
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.sequence_length = sequence_length
+        self.trim = trim
 
     def sample_ids(self, consumed_samples: int, dp_rank: int = 0, dp_size: int = 1) -> list[range]:
         """The samples of each micro-batch of a rank, in the global batch that begins after `consumed_samples`."""
@@ -106,9 +112,10 @@ class GlobalBatches:
 
     def _collate(self, ids: range) -> MicroBatch:
         samples = [self.dataset[i] for i in ids]
+        width = self._width(samples)
 
         def stack(name: str) -> torch.Tensor:
-            return torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
+            return torch.from_numpy(np.stack([getattr(sample, name)[:width] for sample in samples]))
 
         return MicroBatch(
             tokens_BS=stack("tokens_S"),
@@ -117,6 +124,12 @@ class GlobalBatches:
             position_ids_BS=stack("position_ids_S") if self.dataset.restart_positions else None,
             document_ids_BS=stack("document_ids_S") if self.dataset.document_mask else None,
         )
+
+    def _width(self, samples: Sequence[Sample]) -> int:
+        if self.trim is None:
+            return self.sequence_length
+        used = max(int(np.flatnonzero(sample.loss_mask_S)[-1:].sum()) for sample in samples) + 1
+        return min(self.sequence_length, used + -used % self.trim)
 
 
 class Prefetcher:

@@ -91,6 +91,11 @@ _SCALED = {"max_position_embeddings": 131072, "rope_scaling": RopeScaling(8.0)}
 _SMALL = {"max_position_embeddings": 131072, "rope_scaling": RopeScaling(32.0), "tie_word_embeddings": True}
 
 PRESETS = {
+    "llama-tiny": DecoderConfig(
+        vocab_size=1024, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=176, max_position_embeddings=256, rope_theta=10000.0, tie_word_embeddings=True,
+        initializer_range=0.1,
+    ),
     "llama-3m": DecoderConfig(
         vocab_size=1024, hidden_size=192, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
         intermediate_size=640, max_position_embeddings=2048, rope_theta=10000.0, tie_word_embeddings=True,

@@ -16,19 +16,21 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 
-from raytron.actors import Session, WorkerError, from_ray_train, result
+from raytron.actors import Session, from_ray_train, result
 from raytron.actors.placement import Node, cluster, ranks_that_fit, without
 from raytron.actors.replica import bundles
 from raytron.actors.rollout import RolloutGroup
-from raytron.actors.runs import RunFolder, stop_requests
+from raytron.actors.runs import RunFolder, attempts, stop_requests
 from raytron.actors.trainer import resources
 from raytron.actors.weight_sync import WeightSync
 from raytron.config import FailureConfig, LoRAConfig, RunConfig, ScalingConfig
+from raytron.data import HFTokenizer, load_tokenizer
 from raytron.inference.types import SamplingParams
 from raytron.metrics import (
     EvalRecord,
@@ -62,7 +64,6 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-USER_ERRORS = ("ValueError", "DamagedFile", "CoverageError", "TrainingStopped")  # starting again would not mend them
 TIMELINE = "timeline.json"
 
 
@@ -96,7 +97,7 @@ def run(
         config = replace(config, run=from_ray_train(run_config))
     if scaling_config is not None:
         config = replace(config, scaling=from_ray_train(scaling_config))
-    return _Run(config, task or build(config.task, config.seed), reward).drive()
+    return _Run(config, task or build(config.task, config.seed, config.model.path), reward).drive()
 
 
 class _Run:
@@ -123,13 +124,21 @@ class _Run:
         self.folder.describe(self.config)
         self.tokenizer = self.folder.path / "tokenizer"
         self.task.save_tokenizer(self.tokenizer)
+        _refuse_other_tokenizer(self.config.model.path, self.tokenizer)
         groups = 1 + self.algorithm.needs_critic
         others = [*_engine_bundles(self.config.rollout), *self.scorers.bundles]
         slots = self.mesh.size * groups + math.ceil(sum(bundle.get("CPU", 0) for bundle in others))
         with Session(slots) as session, stop_requests() as stop:
             self.mesh = replace(self.mesh, dp=fitting_dp(self.config, groups, others, cluster()))
             self._announce()
-            checkpoint = self._attempts(session, stop)
+            config = self.config
+            checkpoint = attempts(
+                lambda resume: asyncio.run(self._attempt(session, stop, resume)),
+                config.run,
+                config.resume,
+                stop,
+                self._say,
+            )
         return self._finish(checkpoint, time.perf_counter() - start)
 
     def _announce(self) -> None:
@@ -139,21 +148,6 @@ class _Run:
             self._say(
                 f"training on {mesh.size} ranks, of {low} to {high}: dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp}", ""
             )
-
-    def _attempts(self, session: Session, stop: threading.Event) -> str | None:
-        """Run until done or stopped, from the newest checkpoint after every failure that is still allowed."""
-        failures = 0
-        while True:
-            try:
-                return asyncio.run(self._attempt(session, stop, resume=self.config.resume or failures > 0))
-            except WorkerError as error:
-                if error.failure.kind in USER_ERRORS:
-                    raise ValueError(error.failure.message) from error
-                failures += 1
-                allowed = self.config.run.failure_config.max_failures
-                if 0 <= allowed < failures or stop.is_set():
-                    raise
-                self._say(f"{error}\nfailure {failures} of {allowed}: starting the actors again")
 
     async def _attempt(self, session: Session, stop: threading.Event, resume: bool) -> str | None:
         config, checkpoints = self.config, self.folder.checkpoints
@@ -394,3 +388,19 @@ def fitting_dp(config: RLConfig, groups: int, others: Sequence[Mapping[str, floa
     free = ranks_that_fit(without(nodes, others), resources(config.scaling), config.parallel.tp) // groups
     workers = min(high, free) // unit * unit
     return (workers if workers >= low else high) // unit
+
+
+def _refuse_other_tokenizer(model: str | None, tasks: Path) -> None:
+    """ValueError where the tokenizer in a model's directory gives other ids than the task's."""
+    if model is None or not Path(model, "tokenizer.json").is_file():
+        return
+    own, other = load_tokenizer(tasks), load_tokenizer(model)
+    if not (isinstance(own, HFTokenizer) and isinstance(other, HFTokenizer)):
+        return
+    theirs = other.backend.get_vocab()
+    for word, number in own.backend.get_vocab().items():
+        if theirs.get(word) != number:
+            raise ValueError(
+                f"{word!r} is token {number} of the task and {theirs.get(word)} of {model}; give the task the model's "
+                "own tokenizer, or start from a model that was trained with the task's"
+            )

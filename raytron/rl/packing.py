@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from raytron.data.loader import MicroBatch
+from raytron.data.packing import first_fit, lay
 from raytron.rl.types import Batch
 
 __all__ = ["distribute", "micro_batches", "pack"]
@@ -46,14 +47,7 @@ def pack(lengths: np.ndarray, rows: Sequence[int], budget: int, packed: bool) ->
                 out.append([])
             out[-1].append([row])
         return out
-    bins: list[tuple[int, list[int]]] = []
-    for row in ordered:
-        at = next((i for i, (used, _) in enumerate(bins) if used + lengths[row] <= budget), None)
-        if at is None:
-            bins.append((int(lengths[row]), [row]))
-        else:
-            bins[at] = (bins[at][0] + int(lengths[row]), [*bins[at][1], row])
-    return [[inside] for _, inside in bins]
+    return [[inside] for inside in first_fit(lengths, ordered, budget)]
 
 
 def micro_batches(
@@ -78,35 +72,18 @@ def _collate(batch: Batch, starts: np.ndarray, lines: Rows, packed: bool, multip
     """Row by row: position p of a trajectory predicts its token p + 1, so it has one position less than tokens."""
     width = max(1, max(sum(int(batch.lengths[i]) - 1 for i in line) for line in lines))
     width += -width % multiple_of
-    shape = (len(lines), width)
-    tokens, labels, positions, sequence = (np.zeros(shape, np.int64) for _ in range(4))
-    documents = np.full(shape, -1, np.int32)
-    mask = np.zeros(shape, np.float32)
-    columns = {"behaviour": batch.logprobs, **batch.fields}
-    fields = {name: np.zeros(shape, np.float32) for name in columns}
-    index = np.full(shape, -1, np.int64)
-    number = 0
-    for r, line in enumerate(lines):
-        at = 0
-        for i in line:
-            a, b = int(starts[i]), int(starts[i + 1])
-            here = slice(at, at + b - a - 1)
-            tokens[r, here], labels[r, here] = batch.tokens[a : b - 1], batch.tokens[a + 1 : b]
-            mask[r, here], documents[r, here] = batch.chosen[a + 1 : b], number
-            positions[r, here], sequence[r, here] = np.arange(b - a - 1), number
-            index[r, here] = np.arange(a + 1, b)
-            for name, values in columns.items():
-                fields[name][r, here] = values[a + 1 : b]
-            at, number = at + b - a - 1, number + 1
-        sequence[r, at:] = max(number - 1, 0)
-        positions[r, at:] = np.arange(width - at)
-    whole = {"sequence": sequence, "index": index, "sequences": np.zeros(max(number, 1), np.float32)}
+    columns = {"mask": batch.chosen, "behaviour": batch.logprobs, **batch.fields}
+    rows = lay(batch.tokens, starts, batch.lengths, lines, width, columns)
+    fields = {name: values for name, values in rows.columns.items() if name != "mask"}
+    sequence = np.maximum.accumulate(rows.documents_RW, axis=1).clip(0).astype(np.int64)  # padding: the row's last one
+    sequences = np.zeros(max(sum(map(len, lines)), 1), np.float32)
+    whole = {"sequence": sequence, "index": rows.index_RW, "sequences": sequences}
     extra = {name: torch.from_numpy(values) for name, values in (fields | whole).items()}
     return MicroBatch(
-        tokens_BS=torch.from_numpy(tokens),
-        labels_BS=torch.from_numpy(labels),
-        loss_mask_BS=torch.from_numpy(mask),
-        position_ids_BS=torch.from_numpy(positions) if packed else None,
-        document_ids_BS=torch.from_numpy(documents) if packed else None,
+        tokens_BS=torch.from_numpy(rows.tokens_RW),
+        labels_BS=torch.from_numpy(rows.labels_RW),
+        loss_mask_BS=torch.from_numpy(rows.columns["mask"]),
+        position_ids_BS=torch.from_numpy(rows.positions_RW) if packed else None,
+        document_ids_BS=torch.from_numpy(rows.documents_RW) if packed else None,
         fields_BS=extra,
     )

@@ -60,13 +60,13 @@ class _Task:
         """RL steps trained: what the weights are called."""
         return self.engine.counters.step // self.config.updates
 
-    def load(self) -> tuple[int, list[str]]:
-        """Continue from the newest good checkpoint, at whatever layout it was saved.
+    def load(self, most: int | None = None) -> tuple[int, list[str]]:
+        """Continue from the newest good checkpoint (most: of this version or before), whatever its layout.
 
         Returns its version, 0 where there is none, and what was wrong with newer ones that were passed over.
         """
-        damaged = self.saves.load() or []
-        return self.version, damaged
+        damaged = self.saves.load(None if most is None else most * self.config.updates)
+        return (0, []) if damaged is None else (self.version, damaged)
 
     def _score(self, batch: Batch, judge: Judge) -> Scores | None:
         """`judge`'s number for every token of this rank's trajectories, from the first tp rank of the last stage."""

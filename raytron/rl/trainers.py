@@ -51,7 +51,7 @@ class Trainers:
         say: Callable[[str | None], None],
         wait_s: float,
     ) -> None:
-        self.config, self.algorithm, self._say = config, algorithm, say
+        self.config, self.algorithm, self._say, self._where = config, algorithm, say, checkpoints
         self._groups: list[TrainerGroup] = []
         try:
             self.policy = self._start(mesh, wait_s, PolicyTask, config, arch, checkpoints, str(tokenizer))
@@ -69,19 +69,27 @@ class Trainers:
         return group
 
     def load(self) -> int:
-        """Continue from the newest good checkpoints; the version they are of, 0 where there are none."""
-        versions = []
-        for group in self._groups:
-            version, damaged = group.load()
-            versions.append(version)
-            for problem in damaged:
-                self._say(f"passed over a damaged checkpoint: {problem}")
-        if len(set(versions)) > 1:
-            raise ValueError(
-                f"the policy's newest checkpoint is of version {versions[0]}, the critic's of {versions[1]}; remove "
-                "the newer one to go on from the older"
-            )
+        """Continue from the newest version that everybody has a good checkpoint of; 0 where there are none at all.
+
+        A run that was cut between two saves has a newer one of the critic than of the policy.
+        """
+        versions = [self._load(group) for group in self._groups]
+        while len(set(versions)) > 1:
+            oldest = min(versions)
+            if oldest == 0:
+                raise ValueError(
+                    f"of the policy's and the critic's checkpoints (`{self._where}`, `{self._where}-critic`) no good "
+                    "two are of one version; restore one, or remove both folders to start anew"
+                )
+            pairs = zip(self._groups, versions, strict=True)
+            versions = [v if v == oldest else self._load(group, oldest) for group, v in pairs]
         return versions[0]
+
+    def _load(self, group: TrainerGroup, most: int | None = None) -> int:
+        version, damaged = group.load(most)
+        for problem in damaged:
+            self._say(f"passed over a damaged checkpoint: {problem}")
+        return version
 
     async def scored(self, batch: Batch) -> Batch:
         """The batch with the fields the algorithm asks for: "old", "reference", "values"."""

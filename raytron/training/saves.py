@@ -30,12 +30,12 @@ class Saves:
         )
         self._underway: Future[Saved] | None = None  # on rank 0, a save whose end nobody has heard of
 
-    def load(self) -> list[str] | None:
-        """Fill the engine from the newest good checkpoint, at whatever layout it was saved.
+    def load(self, most: int | None = None) -> list[str] | None:
+        """Fill the engine from the newest good checkpoint (most: of this step or before), whatever its layout.
 
         Returns what was wrong with newer ones that were passed over, None where there is no checkpoint.
         """
-        record = self._manager.load(self._engine)
+        record = self._manager.load(self._engine, most)
         if record is None:
             return None
         self._engine.record = record

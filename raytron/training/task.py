@@ -54,6 +54,11 @@ class PretrainTask:
         train, valid, _ = build_datasets(config.data, self.prepared, *sample_counts(config))
         self._train = GlobalBatches(train, size, config.micro_batch_size, length)
         self._valid = GlobalBatches(valid, size, config.micro_batch_size, length) if valid is not None else None
+        self._held_out_batches = config.evaluation.batches
+
+    def _tokens(self) -> int:
+        """Of the step just done, over all ranks: what its speed is a share of."""
+        return self.config.global_batch_size * self.config.data.sequence_length
 
     def load(self) -> tuple[int, list[str]]:
         """Continue from the newest good checkpoint, at whatever layout it was saved.
@@ -81,7 +86,7 @@ class PretrainTask:
             return None
         dp, size = self.world.axis("dp"), self.config.global_batch_size
         counts = torch.zeros(2, dtype=torch.float64)
-        for batch in range(self.config.evaluation.batches):
+        for batch in range(self._held_out_batches):
             counts += self.engine.evaluate(self._valid.read(batch * size, dp.index, dp.size))
         self._end = time.perf_counter()
         if self.world.rank:
@@ -108,7 +113,7 @@ class PretrainTask:
             self._reader = None
 
     def _record(self, result: StepResult, elapsed: float) -> StepRecord:
-        counters, tokens = self.engine.counters, self.config.global_batch_size * self.config.data.sequence_length
+        counters, tokens = self.engine.counters, self._tokens()
         flops = tokens * self._flops / elapsed / self.world.mesh.size
         return StepRecord(
             step=result.step,

@@ -52,6 +52,15 @@ def test_round_trip(location, precision, asynchronous):
     assert "model/tokenizer.json" in Storage.open(manager.latest()).files()
 
 
+def test_an_older_checkpoint_can_be_asked_for(tmp_path):
+    manager = save(tmp_path, 3, 5, 9, keep=None)
+    for most, step in ((9, 9), (8, 5), (5, 5), (4, 3)):
+        engine = make()
+        assert manager.load(engine, most)["step"] == step
+        assert differences(engine, step) == []
+    assert manager.load(make(), 2) is None
+
+
 def test_the_model_folder_is_a_hugging_face_directory(tmp_path):
     manager = save(tmp_path, 3)
     assert torch.equal(from_pretrained(f"{manager.latest()}/model").weights, make(seed=3).model.weights)

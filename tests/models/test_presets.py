@@ -37,7 +37,7 @@ PARAMETERS = {
 
 
 def test_every_published_model_is_here():
-    assert PARAMETERS.keys() == PRESETS.keys() - {"llama-3m"}
+    assert PARAMETERS.keys() == PRESETS.keys() - {"llama-3m", "llama-tiny"}
     assert 2e6 < build("llama-3m", device="meta").num_parameters() < 4e6
 
 
@@ -75,7 +75,7 @@ def test_a_run_resolves_its_preset_and_overrides():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"preset": "llama9"}, r"model.preset 'llama9' is unknown; there are llama-3m, llama3-8b"),
+        ({"preset": "llama9"}, r"model.preset 'llama9' is unknown; there are llama-tiny, llama-3m, llama3-8b"),
         ({"overrides": {"layers": 2}}, r"model.overrides: unknown field 'layers'; the architecture has family"),
         ({"overrides": {"hidden_size": "big"}}, r"hidden_size is 'big'; expected int"),
         ({"overrides": {"num_hidden_layers": 0}}, r"num_hidden_layers is 0; it must be at least 1"),

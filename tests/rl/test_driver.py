@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from raytron.rl.buffer import Journal
 from raytron.rl.config import RewardConfig, RewardModelConfig, RLConfig
 from raytron.rl.driver import fitting_dp
 from recipes.grpo import config as recipe
+from recipes.ppo import config as ppo
 from tests.actors.scorers import Failing
 from tests.inference.classifiers import random_classifier, scores_of
 
@@ -125,3 +127,17 @@ def test_a_run_of_a_range_of_ranks_takes_what_there_is(cluster: Session, tmp_pat
     result = rl.run(config(tmp_path, "range", 3, prompts=4, group_size=4, scaling=scaling))
     assert f"training on {wanted} ranks, of 1 to 4" in capsys.readouterr().out
     assert result.metrics["consumed_samples"] == 48
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cut_between_two_saves_goes_on_from_the_version_that_both_have(cluster: Session, tmp_path: Path):
+    """The critic is saved first: it alone has version 4, and version 2 of it is read again."""
+    few = {"prompts": 4, "group_size": 2, "reproducible": True, "algorithm": ppo.algorithm, "critic": ppo.critic}
+    rl.run(config(tmp_path, "whole", 6, 2, **few))
+    rl.run(config(tmp_path, "cut", 4, 2, **few))
+    shutil.rmtree(tmp_path / "cut/checkpoints/step_00000004")
+    rl.run(config(tmp_path, "cut", 6, 2, **few))
+    assert [same_numbers(r) for r in steps(tmp_path / "cut")] == [same_numbers(r) for r in steps(tmp_path / "whole")]
+    shutil.rmtree(tmp_path / "cut/checkpoints")
+    with pytest.raises(ValueError, match="no good two are of one version"):
+        rl.run(config(tmp_path, "cut", 8, 2, **few))

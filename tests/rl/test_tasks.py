@@ -50,7 +50,7 @@ def perfect(task, prompt):
         return halving(task)
     if isinstance(task, Calculator):
         return calling(task, prompt)
-    return lambda context: prompt.solution
+    return lambda context: prompt.solution[0]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -412,4 +412,4 @@ def test_the_real_gsm8k():
     assert len(prompts) == 1319
     assert all(prompt.answer.replace("-", "").replace(".", "").isdecimal() for prompt in prompts)
     for prompt in prompts[:20]:
-        assert play(task, prompt, lambda context, prompt=prompt: prompt.solution).reward == 1.0
+        assert play(task, prompt, lambda context, prompt=prompt: prompt.solution[0]).reward == 1.0

@@ -23,15 +23,16 @@ class Prompt:
 
     index: its place in the run's order of prompts. token_ids: what the model is given. answer: what the task's own
     judge compares with (a text, tokens, tests, ...). text: of the prompt, where the judge or a person reads it.
-    solution: a right answer's tokens, end token included, where the task knows one: what a warm start learns. question:
-    what is asked, without the policy's chat template around it, where `text` has one.
+    solution: a right answer's tokens, end token included, for each turn, where the task knows them: what a warm start
+    learns (`raytron.rl.demonstrations`). question: what is asked, without the policy's chat template around it, where
+    `text` has one.
     """
 
     index: int
     token_ids: tuple[int, ...]
     answer: Any = None
     text: str | None = None
-    solution: tuple[int, ...] | None = None
+    solution: tuple[tuple[int, ...], ...] | None = None
     question: str | None = None
 
     @property

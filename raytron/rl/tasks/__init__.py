@@ -1,5 +1,8 @@
 """What can be learnt: tasks by name. A task is its own configuration, `build` makes one from a `TaskConfig`."""
 
+from dataclasses import fields
+from typing import Any
+
 from raytron.config import from_dict
 from raytron.rl.config import TaskConfig
 from raytron.rl.environments import Task
@@ -22,8 +25,15 @@ TASKS: dict[str, type] = {
 }
 
 
-def build(config: TaskConfig, seed: int = 0) -> Task:
-    """The task that `config` names. ValueError for an unknown name or option; says which there are."""
+def build(config: TaskConfig, seed: int = 0, model: str | None = None) -> Task:
+    """The task that `config` names. ValueError for an unknown name or option; says which there are.
+
+    model: directory of the model to start from, whose tokenizer a task of texts takes unless it is given another.
+    """
     if config.name not in TASKS:
         raise ValueError(f"task.name {config.name!r} is unknown; there are {', '.join(TASKS)}")
-    return from_dict(TASKS[config.name], {"seed": seed, **config.options}, "task.options")
+    kind = TASKS[config.name]
+    given: dict[str, Any] = {"seed": seed}
+    if model is not None and any(field.name == "tokenizer" for field in fields(kind)):
+        given["tokenizer"] = model
+    return from_dict(kind, given | config.options, "task.options")

@@ -70,7 +70,7 @@ class Calculator(WordTask):
             words += [random.choice(self.operators), *str(random.randint(0, self.largest))]
         ids = self.vocabulary.ids("<bos>", *words, "=")
         wanted = (self.vocabulary.ids(*words, "="), (*self.result(words), *self.eos_token_ids))
-        return Prompt(index, ids, wanted, self.decode(ids))
+        return Prompt(index, ids, wanted, self.decode(ids), wanted)
 
     def result(self, words: Sequence[str]) -> tuple[int, ...]:
         """What the tool says of a sum, one word a digit."""

@@ -61,7 +61,7 @@ class Copy(WordTask):
     def _asking(self, index: int, digits: Sequence[int]) -> Prompt:
         ids = self.vocabulary.ids("<bos>", *digits, "=")
         wanted = self.vocabulary.ids(*self.wanted(digits), "<eos>")
-        return Prompt(index, ids, wanted, self.decode(ids), wanted)
+        return Prompt(index, ids, wanted, self.decode(ids), (wanted,))
 
     def wanted(self, digits: Sequence[int]) -> Sequence[int]:
         """What to write for `digits`."""

@@ -73,7 +73,8 @@ class Countdown(WordTask):
             )
         shown = random.sample(problem.numbers, len(problem.numbers))
         ids = self.vocabulary.ids("<bos>", *shown, "=", problem.target, ":")
-        return Prompt(index, ids, problem, self.decode(ids), self.vocabulary.ids(*problem.solution, "<eos>"))
+        solution = self.vocabulary.ids(*problem.solution, "<eos>")
+        return Prompt(index, ids, problem, self.decode(ids), (solution,))
 
     def _reached(self, numbers: Sequence[int], operators: Sequence[str], mirrored: bool) -> Problem | None:
         """Where the operators lead, one after the other; None if that is no target. mirrored: the first part last."""

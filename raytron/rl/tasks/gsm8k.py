@@ -131,7 +131,7 @@ class GSM8K(Named):
         result = example["answer"].rpartition("####")[2].strip().replace(",", "")
         said = example["answer"] if self._template else f" {example['answer']}"
         solution = (*self._tokenizer.encode(said), self.eos_token_ids[0])
-        return Prompt(index, tuple(self._tokenizer.encode(text)), result, text, solution, example["question"])
+        return Prompt(index, tuple(self._tokenizer.encode(text)), result, text, (solution,), example["question"])
 
     def _rendered(self, question: str) -> Rendered:
         said = f"{question}\n{self.instruction}".strip()
