@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from raytron import rl
 from raytron.actors import Session
-from raytron.config import LoRAConfig
+from raytron.config import EngineConfig, LoRAConfig
 from raytron.models import build, from_pretrained, resolve
 from raytron.parallel.collectives import World
 from raytron.rl.task import CriticTask, PolicyTask
@@ -78,3 +79,21 @@ def test_a_run_of_adapters_learns_and_agrees_with_its_engines_to_the_bit(cluster
     rl.run(run_config(tmp_path, "cut", 20, 8, **more))
     rewards = [[r["extra"]["rollout/reward_mean"] for r in steps(tmp_path / name)] for name in ("cut", "adapters")]
     assert rewards[0] == rewards[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_is_given_merged_weights(cluster: Session, tmp_path: Path):
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}  # of a size that vLLM knows
+    model = replace(recipe.model, overrides=recipe.model.overrides | heads, lora=LoRAConfig(rank=8, alpha=64))
+    engine = EngineConfig(engine="vllm", max_num_seqs=64, kv_cache_mb=64, threads=1)
+    algorithm = replace(recipe.algorithm, kl="loss", kl_coefficient=0.001)
+    more = {"model": model, "algorithm": algorithm, "rollout": replace(recipe.rollout, engine=engine), "prompts": 8}
+    optimizer = replace(recipe.optimizer, lr=1e-2)
+    result = rl.run(run_config(tmp_path, "vllm", 3, optimizer=optimizer, **more))
+    records = [r["extra"] for r in steps(tmp_path / "vllm")]
+    assert max(r["policy/mismatch"] for r in records) < 1e-4
+    assert records[-1]["policy/reference_kl"] > 1e-3  # weights without the adapters would show as mismatch
+    merged = from_pretrained(f"{result.checkpoint.path}/model")
+    whole = sum(spec.nbytes for spec in merged.layout().tensors.values())
+    assert {r["rollout/sync_bytes"] for r in records} == {whole}
