@@ -21,10 +21,10 @@ LORA = {
     "tied": LoRAConfig(rank=2, alpha=4, rslora=True, target_modules=("k_proj", "o_proj", "up_proj")),
 }
 LAYOUTS = [
-    ("untied", Mesh(tp=2), {"tp": 2}),
+    pytest.param("untied", Mesh(tp=2), {"tp": 2}, marks=pytest.mark.slow),
     ("untied", Mesh(tp=4), {"tp": 4, "sequence_parallel": False}),  # heads of keys on two ranks each
     ("untied", Mesh(pp=2, dp=2), {"pp": 2, "schedule": "zero-bubble"}),
-    ("untied", Mesh(tp=2, dp=2), {"tp": 2, "zero": False}),
+    pytest.param("untied", Mesh(tp=2, dp=2), {"tp": 2, "zero": False}, marks=pytest.mark.slow),
     ("tied", Mesh(tp=2, pp=2), {"tp": 2, "pp": 2}),
     ("tied", Mesh(dp=4), {}),
     pytest.param("tied", Mesh(tp=4), {"tp": 4}, marks=pytest.mark.slow),
