@@ -212,9 +212,10 @@ class Run:
             writer.write(record)
 
     def _announce(self) -> None:
-        mesh, config = self.mesh, self.config
+        mesh, config, lora = self.mesh, self.config, self.arch.lora
+        adapters = f"adapters of rank {lora.rank} beside {', '.join(lora.targets)}, " if lora.rank else ""
         self.console.print(
-            f"[bold]{config.run.name}[/]: {self.arch.family} of {config.model.path or config.model.preset}, "
+            f"[bold]{config.run.name}[/]: {self.arch.family} of {config.model.path or config.model.preset}, {adapters}"
             f"{mesh.size} ranks = dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp}, {config.precision}\n"
             f"data: {self.source()}, vocabulary {self.prepared.vocab_size:,}\nmemory: about {self.memory}",
             highlight=False,

@@ -14,9 +14,12 @@ from raytron.config import (
     CheckpointConfig,
     EvalConfig,
     LoggingConfig,
+    LoRAConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     RunConfig,
+    ScalingConfig,
     ScheduleConfig,
     SFTConfig,
     SFTDataConfig,
@@ -168,3 +171,32 @@ def test_rl_refuses_a_model_whose_tokenizer_is_another(tmp_path):
     )
     with pytest.raises(ValueError, match=r"is token \d+ of the task and .* give the task the model's own tokenizer"):
         rl.run(made)
+
+
+@pytest.mark.slow
+def test_adapters_are_tuned_and_go_on_at_another_layout(cluster: Session, tmp_path, capsys):
+    import torch
+
+    from raytron.models import begin, from_pretrained, resolve
+
+    base = f"{sft.run(config(tmp_path, 'base', epochs=6)).checkpoint.path}/model"
+    lora = LoRAConfig(rank=8, alpha=32)
+    start = config(tmp_path, "adapters", model=ModelConfig(path=base, lora=lora), epochs=8)
+    start = dataclasses.replace(
+        start, optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3), evaluation=EvalConfig(batches=4)
+    )
+    first = sft.run(start)
+    said = capsys.readouterr().out
+    assert "adapters of rank 8" in said
+    assert losses(tmp_path / "adapters")[-1] < losses(tmp_path / "adapters")[0] - 0.1
+    more = dataclasses.replace(start, epochs=10, parallel=ParallelConfig(tp=2), scaling=ScalingConfig(num_workers=2))
+    second = sft.run(more)
+    assert second.metrics["eval_loss"] < first.metrics["eval_loss"]
+    folder = second.checkpoint.path
+    merged = from_pretrained(f"{folder}/model")
+    again = dataclasses.replace(start.model, lora=LoRAConfig(path=f"{folder}/adapter"))
+    beside = begin(again, resolve(again))
+    tokens = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens), beside(tokens), rtol=0, atol=1e-4)
+        assert (merged(tokens) - from_pretrained(base)(tokens)).abs().max() > 0.1
