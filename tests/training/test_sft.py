@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from raytron.checkpoint import save_pretrained
-from raytron.config import EvalConfig, ModelConfig, OptimizerConfig, RunConfig, ScalingConfig, SFTConfig, SFTDataConfig
+from raytron.config import (
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    ScalingConfig,
+    SFTConfig,
+    SFTDataConfig,
+)
 from raytron.data import GlobalBatches, build_sft_datasets, prepare_examples
 from raytron.models import build
 from raytron.models.arch import DecoderConfig
@@ -117,18 +126,29 @@ def trained(world: World, config: SFTConfig, prepared, until: int, resume: bool 
     return [r and (r.loss, r.consumed_tokens) for r in losses], held_out and (held_out.loss, held_out.tokens), weights
 
 
-def test_ranks_and_micro_batches_compute_the_same_run(ranks, config):
+@pytest.mark.parametrize("packing", [True, False])
+def test_ranks_and_micro_batches_compute_the_same_run(ranks, config, packing):
+    """Rows of micro-batches differ in width where they are not packed, for pipelines and sequence parallelism too."""
+    config = replace(config, data=replace(config.data, packing=packing))
     prepared = prepare_examples(config.data, "byte")
     config = replace(config, run=replace(config.run, name="one"))
     losses, held_out, weights = trained(World.single(), config, prepared, 3)
     assert held_out[1] == sum(len(response) + 1 for _, response in PAIRS[:4])
-    two = replace(config, micro_batch_size=1, scaling=ScalingConfig(num_workers=2), run=replace(config.run, name="two"))
-    for rank in ranks.run(trained, Mesh(dp=2), two, prepared, 3):
-        for name, tensor in weights.items():
-            np.testing.assert_allclose(rank[2][name], tensor, rtol=0, atol=1e-10)
-        if rank[1] is not None:
-            assert rank[1] == pytest.approx(held_out)
-            assert np.allclose(rank[0], losses, rtol=0, atol=1e-10)
+    for mesh in (Mesh(dp=2), Mesh(tp=2), Mesh(pp=2)):
+        other = replace(
+            config,
+            micro_batch_size=1,
+            scaling=ScalingConfig(num_workers=2),
+            parallel=ParallelConfig(tp=mesh.tp, pp=mesh.pp),
+            run=replace(config.run, name=str(mesh)),
+        )
+        found = ranks.run(trained, mesh, other, prepared, 3)
+        assert np.allclose(found[0][0], losses, rtol=0, atol=1e-10)
+        assert found[0][1] == pytest.approx(held_out)
+        if mesh.dp > 1:
+            for *_, own in found:
+                for name, tensor in weights.items():
+                    np.testing.assert_allclose(own[name], tensor, rtol=0, atol=1e-10)
 
 
 def test_a_run_that_was_cut_goes_on_to_the_bit(config):
