@@ -1,4 +1,4 @@
-"""The health of a group of engines, and which of them gets a request. Pure: no Ray, no clock, no engine.
+"""The health of a group of engines, whether one gets on, and which gets a request. Pure: no Ray, no clock, no engine.
 
     STARTING -> STALE -> READY          started; given the current weights
         ^         |        |
@@ -18,8 +18,12 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-__all__ = ["Balancer", "EngineState", "Fleet", "Health"]
+if TYPE_CHECKING:
+    from raytron.inference import Stats
+
+__all__ = ["Balancer", "EngineState", "Fleet", "Health", "Progress"]
 
 
 class Health(StrEnum):
@@ -111,6 +115,24 @@ class Fleet:
         state = self.states[engine]
         assert to in _NEXT[state.health], f"engine {engine} cannot go from {state.health} to {to}"
         self.states[engine] = replace(state, health=to, **changes)
+
+
+class Progress:
+    """How long an engine has had work and not moved: it answers, and its steps lead nowhere.
+
+    Any change in its numbers is movement: a long prompt takes cache blocks with every chunk that is computed.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Stats | None = None
+        self._since = 0.0
+
+    def stuck_s(self, stats: Stats, now: float) -> float:
+        """Seconds by now, given what an engine says of itself; 0 while it is paused or has nothing to do."""
+        waits = stats.paused or stats.running + stats.waiting == 0
+        if waits or stats != self._seen:
+            self._seen, self._since = stats, now
+        return now - self._since
 
 
 class Balancer:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import ray
 
+from raytron.actors.fleet import Progress
 from raytron.config import EngineConfig
 from raytron.inference import Engine, EngineFailed, EngineLoop, Output, Pushed, Request, Stats
 from raytron.inference.types import PauseMode
@@ -70,7 +71,7 @@ class RolloutEngine:
         self._done: list[Done] = []
         self._failure: EngineFailed | None = None
         self._news = asyncio.Event()
-        self._seen, self._since = Stats(), time.monotonic()
+        self._progress = Progress()
         node = ray.get_runtime_context().get_node_id()
         return Started(node, os.getpid(), engine.max_model_len, None if config.weights == "await" else engine.version)
 
@@ -129,14 +130,12 @@ class RolloutEngine:
 
     async def _check(self, timeout_s: float) -> None:
         """A rank that died while nothing ran is noticed here, and an engine whose steps lead nowhere."""
-        stats, now = await self._loop.stats(), time.monotonic()
+        stats = await self._loop.stats()
         if stats.health != "ready" and not stats.health.startswith("stale"):
             self._fail(EngineFailed(stats.health))
-        waits = stats.paused or stats.running + stats.waiting == 0
-        if waits or stats != self._seen:
-            self._seen, self._since = stats, now
-        elif now - self._since >= timeout_s:
-            self._fail(EngineFailed(f"it has had work for {now - self._since:.0f} s and made no progress"))
+        stuck_s = self._progress.stuck_s(stats, time.monotonic())
+        if stuck_s >= timeout_s:
+            self._fail(EngineFailed(f"it has had work for {stuck_s:.0f} s and made no progress"))
 
     async def abort(self, ids: Sequence[str]) -> None:
         """End requests that nobody waits for any more."""

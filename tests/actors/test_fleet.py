@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from raytron.actors.fleet import Balancer, Fleet, Health
+from raytron.actors.fleet import Balancer, Fleet, Health, Progress
+from raytron.inference import Stats
 
 SIZE = 3
 
@@ -126,3 +129,22 @@ def test_an_engine_that_failed_a_request_is_avoided_while_there_is_another():
     assert balancer.choose(10, (0, 1), "a") == 0
     assert balancer.choose(10, (0, 1), "a", avoid={0}) == 1
     assert balancer.choose(10, (0,), "a", avoid={0}) == 0
+
+
+def test_an_engine_with_work_is_stuck_for_as_long_as_nothing_of_it_changes():
+    progress, work = Progress(), Stats(running=2, waiting=1, generated_tokens=5)
+    said = [
+        (work, 0.0),
+        (work, 7.0),
+        (replace(work, kv_usage=0.1), 0.0),  # a chunk of a long prompt
+        (replace(work, kv_usage=0.1), 7.0),
+        (replace(work, kv_usage=0.1, paused=True), 0.0),
+        (replace(work, kv_usage=0.1, paused=True), 0.0),
+        (replace(work, kv_usage=0.1), 0.0),
+        (Stats(finished=3), 0.0),  # nothing to do, for as long as it likes
+        (Stats(finished=3), 0.0),
+        (Stats(finished=3, waiting=1), 0.0),
+        (Stats(finished=3, waiting=1), 7.0),
+        (Stats(finished=3, waiting=1), 14.0),
+    ]
+    assert [progress.stuck_s(stats, 100.0 + 7.0 * at) for at, (stats, _) in enumerate(said)] == [s for _, s in said]

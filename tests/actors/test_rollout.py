@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from raytron.actors import RolloutError, RolloutGroup, Session
-from raytron.actors.fleet import Health
+from raytron.actors.fleet import Health, Progress
 from raytron.actors.placement import CapacityError
 from raytron.config import EngineConfig, FailureConfig
 from raytron.inference import NativeEngine, Request, SamplingParams
@@ -264,3 +264,15 @@ def test_paused_engines_go_on_where_they_were(cluster: Session, folder, expected
             assert await answers == expected
 
     run(main)
+
+
+def test_every_step_of_a_long_prefill_is_progress(folder):
+    engine = NativeEngine(config(folder, max_batched_tokens=32))
+    engine.add(Request("long", tuple(range(50)) * 4, params(0, 4)))
+    progress, steps = Progress(), 0
+    while engine.has_unfinished():
+        assert progress.stuck_s(engine.stats(), float(steps)) == 0.0
+        engine.step()
+        steps += 1
+    assert steps > 8
+    engine.close()
