@@ -12,8 +12,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,33 +22,23 @@ import numpy as np
 from rich.console import Console
 
 from raytron.actors import Session, from_ray_train, result
-from raytron.actors.placement import Node, cluster, ranks_that_fit, without
-from raytron.actors.replica import bundles
+from raytron.actors.placement import cluster
 from raytron.actors.rollout import RolloutGroup
 from raytron.actors.runs import RunFolder, attempts, stop_requests
-from raytron.actors.trainer import resources
 from raytron.actors.weight_sync import WeightSync
-from raytron.config import FailureConfig, LoRAConfig, RunConfig, ScalingConfig
+from raytron.config import RunConfig, ScalingConfig
 from raytron.data import HFTokenizer, load_tokenizer
 from raytron.inference.types import SamplingParams
-from raytron.metrics import (
-    EvalRecord,
-    MetricsWriter,
-    StepRecord,
-    Timeline,
-    read_timeline,
-    shares,
-    timeline_page,
-    timeline_png,
-)
+from raytron.metrics import EvalRecord, MetricsWriter, StepRecord
 from raytron.models.registry import resolve
 from raytron.parallel.mesh import Mesh
 from raytron.rl.algorithms import make
 from raytron.rl.buffer import Buffer, Journal
-from raytron.rl.config import RLConfig, RolloutConfig
+from raytron.rl.config import RLConfig
+from raytron.rl.engines import engine_bundles, fitting_dp, rollout_group, watched
 from raytron.rl.environments import Prompt, Task
 from raytron.rl.episodes import run_group
-from raytron.rl.report import Phases, reward_curve_png, step_record, summary
+from raytron.rl.report import TIMELINE, Phases, draw_timeline, reward_curve_png, step_record, summary
 from raytron.rl.rewards import Overall, Reward
 from raytron.rl.rollouts import Rollouts, why_unjudged
 from raytron.rl.scorers import Scorers
@@ -63,8 +52,6 @@ if TYPE_CHECKING:
     import ray.train
 
 __all__ = ["run"]
-
-TIMELINE = "timeline.json"
 
 
 def run(
@@ -126,7 +113,7 @@ class _Run:
         self.task.save_tokenizer(self.tokenizer)
         _refuse_other_tokenizer(self.config.model.path, self.tokenizer)
         groups = 1 + self.algorithm.needs_critic
-        others = [*_engine_bundles(self.config.rollout), *self.scorers.bundles]
+        others = [*engine_bundles(self.config.rollout), *self.scorers.bundles]
         slots = self.mesh.size * groups + math.ceil(sum(bundle.get("CPU", 0) for bundle in others))
         with Session(slots) as session, stop_requests() as stop:
             self.mesh = replace(self.mesh, dp=fitting_dp(self.config, groups, others, cluster()))
@@ -158,19 +145,21 @@ class _Run:
             if version:
                 self._say(f"continuing from step {version} of {checkpoints}", style="")
             journal, buffer = self._books(version)
-            engines, scoring = self._engines(session.wait_s), self.scorers.running(session.wait_s)
-            async with self._watched(engines, version), engines, scoring as self.overall:
-                sync = WeightSync(engines, trainers.policy, str(self.folder.path))
-                rollouts = Rollouts(buffer, journal, partial(self._roll, engines))
-                try:
-                    with self.timeline.span("push", "sync", step=version):
-                        await sync.push(version)
-                    with MetricsWriter(self.folder.sinks(config, self.console, version)) as writer:
-                        await self._loop(trainers, rollouts, engines, sync, writer, stop)
-                finally:
-                    await rollouts.cancel()
-                    journal.close()
-                    await sync.close()
+            engines = rollout_group(config, self.arch, self.task, self.folder, session.wait_s)
+            scoring = self.scorers.running(session.wait_s)
+            with watched(engines, self.folder.path / TIMELINE, keep=version > 0) as self.timeline:
+                async with engines, scoring as self.overall:
+                    sync = WeightSync(engines, trainers.policy, str(self.folder.path))
+                    rollouts = Rollouts(buffer, journal, partial(self._roll, engines))
+                    try:
+                        with self.timeline.span("push", "sync", step=version):
+                            await sync.push(version)
+                        with MetricsWriter(self.folder.sinks(config, self.console, version)) as writer:
+                            await self._loop(trainers, rollouts, engines, sync, writer, stop)
+                    finally:
+                        await rollouts.cancel()
+                        journal.close()
+                        await sync.close()
             return trainers.latest()
 
     def _books(self, version: int) -> tuple[Journal, Buffer]:
@@ -188,18 +177,6 @@ class _Run:
             buffer.put(group)
         buffer.forget_trained()
         return journal, buffer
-
-    @asynccontextmanager
-    async def _watched(self, engines: RolloutGroup, version: int) -> AsyncIterator[None]:
-        """Have the timeline record who works when."""
-        lanes = [f"engine {engine}" for engine in range(len(engines.configs))]
-        lanes += ["trainer", "push", "evaluation", "saves"]
-        with Timeline(self.folder.path / TIMELINE, keep=version > 0, lanes=lanes) as self.timeline:
-            engines.on_state = lambda engine, what: self.timeline.state(lanes[engine], None if what == "idle" else what)
-            try:
-                yield
-            finally:
-                engines.on_state = None
 
     async def _loop(
         self,
@@ -235,26 +212,6 @@ class _Run:
             await self._evaluate(engines, writer, buffer.version)
         if self.saved != buffer.version:
             await self._save(trainers, buffer.version, wait=True)
-
-    def _engines(self, wait_s: float) -> RolloutGroup:
-        """The engines, not yet started. Weights come by the first push, all else from a directory without any."""
-        rollout, path = self.config.rollout, self.folder.path / "engine"
-        path.mkdir(parents=True, exist_ok=True)
-        self.folder.write_json("engine/config.json", self.arch.to_hf())
-        self.task.save_tokenizer(path)
-        engine = replace(
-            rollout.engine,
-            path=str(path),
-            weights="await",
-            dtype="bf16" if self.config.precision == "bf16" else "fp32",
-            lora=self.arch.lora if rollout.engine.engine == "native" else LoRAConfig(),
-            reproducible=self.config.reproducible or rollout.engine.reproducible,
-            logprobs="processed",
-        )
-        each = _each(rollout)
-        failures = FailureConfig(max_failures=rollout.max_restarts)
-        more = {"failures": failures, "timeout_s": rollout.engine_timeout_s, "wait_s": wait_s}
-        return RolloutGroup([engine] * rollout.engines, each, **more)
 
     async def _roll(self, engines: RolloutGroup, index: int) -> Group:
         return await self._group(engines, self.task.prompt(index), self.config.group_size, self.config.seed)
@@ -334,21 +291,13 @@ class _Run:
             page = folder / "transcripts.html"
             files |= {"transcripts": page} if page.exists() else {}
             files |= {"timeline": folder / "timeline.html"}
-            args = (self.config.run.name, self.first, self.last, self.evaluated, wall_s, self._timeline(), files)
-            self.console.print(summary(*args))
+            name, busy = self.config.run.name, draw_timeline(folder, self.config.run.name)
+            self.console.print(summary(name, self.first, self.last, self.evaluated, wall_s, busy, files))
             metrics = {k: v for k, v in vars(self.last).items() if not isinstance(v, dict | tuple)} | self.last.extra
         if self.evaluated is not None:
             metrics |= {f"eval/{name}": value for name, value in self.evaluated.extra.items()}
         self.folder.upload()
         return result(metrics, checkpoint, str(self.folder.storage))
-
-    def _timeline(self) -> dict[str, dict[str, float]]:
-        """Draw the timeline; the share of the time that each lane was busy."""
-        folder, name = self.folder.path, self.config.run.name
-        spans = read_timeline(folder / TIMELINE)
-        timeline_page(spans, folder / "timeline.html", title=name)
-        timeline_png(spans, folder / "timeline.png", title=name)
-        return shares(spans)
 
 
 def _architecture(config: RLConfig, task: Task) -> Any:
@@ -362,32 +311,6 @@ def _architecture(config: RLConfig, task: Task) -> Any:
             f"{arch.vocab_size - 1}; give the task the model's own tokenizer"
         )
     return arch
-
-
-def _each(rollout: RolloutConfig) -> dict[str, float]:
-    """What one rank of an engine reserves."""
-    return {"CPU": rollout.cpus, "GPU": rollout.gpus}
-
-
-def _engine_bundles(rollout: RolloutConfig) -> list[dict[str, float]]:
-    """What the engines reserve, each bundle on one node."""
-    return bundles(rollout.engine, _each(rollout)) * rollout.engines
-
-
-def fitting_dp(config: RLConfig, groups: int, others: Sequence[Mapping[str, float]], nodes: Sequence[Node]) -> int:
-    """The largest dp that `scaling.num_workers` allows and that finds seats beside the engines.
-
-    Args:
-        groups: trainer groups of that size: the policy's, and a critic's.
-        others: bundles of what takes seats besides them.
-
-    Where not even the fewest ranks fit it is that of the most: placing them says what was asked and what is there.
-    """
-    low, high = config.scaling.bounds
-    unit = config.parallel.tp * config.parallel.pp
-    free = ranks_that_fit(without(nodes, others), resources(config.scaling), config.parallel.tp) // groups
-    workers = min(high, free) // unit * unit
-    return (workers if workers >= low else high) // unit
 
 
 def _refuse_other_tokenizer(model: str | None, tasks: Path) -> None:

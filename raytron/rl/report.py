@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytron.metrics import EvalRecord, StepRecord, Timeline, read_records
+from raytron.metrics import (
+    EvalRecord,
+    StepRecord,
+    Timeline,
+    read_records,
+    read_timeline,
+    shares,
+    timeline_page,
+    timeline_png,
+)
 from raytron.rl.statistics import effective_share, statistics
 from raytron.rl.types import Batch, Group
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Phases", "reward_curve_png", "step_record", "summary"]
+__all__ = ["TIMELINE", "Phases", "draw_timeline", "reward_curve_png", "step_record", "summary"]
 
 
 LANES = {"score": "trainer", "train": "trainer", "sync": "push"}
+TIMELINE = "timeline.json"  # in the run's folder
 
 
 class Phases:
@@ -111,6 +120,14 @@ def reward_curve_png(jsonl_path: Path, png_path: Path, title: str = "") -> None:
     os.replace(partial, png_path)
 
 
+def draw_timeline(folder: Path, title: str) -> dict[str, dict[str, float]]:
+    """Draw a run's timeline as a page and a picture; the share of the time that each lane spent on what."""
+    spans = read_timeline(folder / TIMELINE)
+    timeline_page(spans, folder / "timeline.html", title)
+    timeline_png(spans, folder / "timeline.png", title)
+    return shares(spans)
+
+
 def summary(
     name: str,
     first: StepRecord,
@@ -145,11 +162,9 @@ def summary(
 
 
 def _busy(shares: Mapping[str, Mapping[str, float]]) -> str:
-    """Shares of the time in a line; of all engines together."""
-    engines = [of for lane, of in shares.items() if lane.startswith("engine")]
-    together = Counter[str]()
-    for of in engines:
-        together.update({name: share / len(engines) for name, share in of.items()})
-    lanes = {"engines": together, **{lane: of for lane, of in shares.items() if not lane.startswith("engine")}}
-    told = (", ".join(f"{name} {share:.0%}" for name, share in of.items()) for of in lanes.values())
-    return "; ".join(f"{lane} {what}" for lane, what in zip(lanes, told, strict=True) if what)
+    """The share of the time in which each lane was at work, in a line; the mean of all engines."""
+    totals = {lane: sum(of.values()) for lane, of in shares.items()}
+    engines = [share for lane, share in totals.items() if lane.startswith("engine")]
+    told = {"engines": sum(engines) / max(1, len(engines))}
+    told |= {lane: share for lane, share in totals.items() if not lane.startswith("engine")}
+    return ", ".join(f"{lane} {share:.0%}" for lane, share in told.items())

@@ -18,7 +18,7 @@ from raytron.metrics import read_timeline
 from raytron.rl import scorers
 from raytron.rl.buffer import Journal
 from raytron.rl.config import RewardConfig, RewardModelConfig, RLConfig
-from raytron.rl.driver import fitting_dp
+from raytron.rl.engines import fitting_dp
 from recipes.grpo import config as recipe
 from recipes.ppo import config as ppo
 from tests.actors.scorers import Failing

@@ -1,0 +1,84 @@
+"""The rollout engines of an RL run: what they are, the seats they take and leave, and the record of what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raytron.actors.placement import Node, ranks_that_fit, without
+from raytron.actors.replica import bundles
+from raytron.actors.rollout import RolloutGroup
+from raytron.actors.runs import RunFolder
+from raytron.actors.trainer import resources
+from raytron.config import FailureConfig, LoRAConfig
+from raytron.metrics import Timeline
+from raytron.rl.config import RLConfig, RolloutConfig
+from raytron.rl.environments import Task
+
+__all__ = ["engine_bundles", "fitting_dp", "rollout_group", "watched"]
+
+
+def rollout_group(config: RLConfig, arch: Any, task: Task, folder: RunFolder, wait_s: float) -> RolloutGroup:
+    """The engines, not yet started. Weights come by the first push, all else from a directory without any.
+
+    Args:
+        arch: the policy's.
+        wait_s: how long to wait for the cluster to grant seats.
+    """
+    rollout, path = config.rollout, folder.path / "engine"
+    path.mkdir(parents=True, exist_ok=True)
+    folder.write_json("engine/config.json", arch.to_hf())
+    task.save_tokenizer(path)
+    engine = replace(
+        rollout.engine,
+        path=str(path),
+        weights="await",
+        dtype="bf16" if config.precision == "bf16" else "fp32",
+        lora=arch.lora if rollout.engine.engine == "native" else LoRAConfig(),
+        reproducible=config.reproducible or rollout.engine.reproducible,
+        logprobs="processed",
+    )
+    failures = FailureConfig(max_failures=rollout.max_restarts)
+    more = {"failures": failures, "timeout_s": rollout.engine_timeout_s, "wait_s": wait_s}
+    return RolloutGroup([engine] * rollout.engines, _each(rollout), **more)
+
+
+def _each(rollout: RolloutConfig) -> dict[str, float]:
+    """What one rank of an engine reserves."""
+    return {"CPU": rollout.cpus, "GPU": rollout.gpus}
+
+
+def engine_bundles(rollout: RolloutConfig) -> list[dict[str, float]]:
+    """What the engines reserve, each bundle on one node."""
+    return bundles(rollout.engine, _each(rollout)) * rollout.engines
+
+
+def fitting_dp(config: RLConfig, groups: int, others: Sequence[Mapping[str, float]], nodes: Sequence[Node]) -> int:
+    """The largest dp that `scaling.num_workers` allows and that finds seats beside the engines.
+
+    Args:
+        groups: trainer groups of that size: the policy's, and a critic's.
+        others: bundles of what takes seats besides them.
+
+    Where not even the fewest ranks fit it is that of the most: placing them says what was asked and what is there.
+    """
+    low, high = config.scaling.bounds
+    unit = config.parallel.tp * config.parallel.pp
+    free = ranks_that_fit(without(nodes, others), resources(config.scaling), config.parallel.tp) // groups
+    workers = min(high, free) // unit * unit
+    return (workers if workers >= low else high) // unit
+
+
+@contextmanager
+def watched(engines: RolloutGroup, path: Path, keep: bool) -> Iterator[Timeline]:
+    """A timeline with a lane for each engine, which records what they do. keep: go on behind an earlier start's."""
+    lanes = [f"engine {engine}" for engine in range(len(engines.configs))]
+    with Timeline(path, keep=keep, lanes=[*lanes, "trainer", "push", "evaluation", "saves"]) as timeline:
+        engines.on_state = lambda engine, what: timeline.state(lanes[engine], None if what == "idle" else what)
+        try:
+            yield timeline
+        finally:
+            engines.on_state = None
