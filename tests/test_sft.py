@@ -55,7 +55,7 @@ def test_a_run_leaves_a_model_with_its_tokenizer_and_says_what_it_learnt(cluster
 
     from raytron.models import read_arch
 
-    start = config(tmp_path, epochs=2)
+    start = config(tmp_path)
     problems = tmp_path / "problems.jsonl"
     problems.write_text(problems.read_text() + json.dumps({"question": "?" * 300, "answer": "!"}) + "\n")
     start = dataclasses.replace(start, data=dataclasses.replace(start.data, overlong="drop"))

@@ -126,7 +126,7 @@ def trained(world: World, config: SFTConfig, prepared, until: int, resume: bool 
     return [r and (r.loss, r.consumed_tokens) for r in losses], held_out and (held_out.loss, held_out.tokens), weights
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_ranks_and_micro_batches_compute_the_same_run(ranks, config, packing):
     """Rows of micro-batches differ in width where they are not packed, for pipelines and sequence parallelism too."""
     config = replace(config, data=replace(config.data, packing=packing))
