@@ -149,7 +149,7 @@ def test_learning(tmp_path: Path):
 
 @pytest.mark.slow
 def test_faults(tmp_path: Path):
-    rows = rows_of(run(ROOT / "benchmarks" / "faults.py", "--seeds", 2, "--output", tmp_path / "faults.md"))
+    rows = rows_of(run(ROOT / "benchmarks" / "faults.py", "--seeds", 1, "--output", tmp_path / "faults.md"))
     assert rows[-1]["ours"] == 1.0
 
 
