@@ -191,12 +191,13 @@ def test_an_engine_that_hangs_is_replaced_and_its_requests_are_issued_again(
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_takes_its_engine_along(cluster: Session, folder, expected):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_takes_its_engine_along(cluster: Session, folder, expected, how):
     async def main() -> None:
-        engines, failures = [config(folder, tp=2)], FailureConfig(max_failures=1)
-        async with RolloutGroup(engines, EACH, failures=failures, start=rollouts.telling) as group:
+        options = {"failures": FailureConfig(max_failures=1), "timeout_s": 10.0, "start": rollouts.telling}
+        async with RolloutGroup([config(folder, tp=2)], EACH, **options) as group:
             await all_of(group)
-            os.kill(int(Path(folder, "second").read_text()), signal.SIGKILL)
+            os.kill(int(Path(folder, "second").read_text()), how)
             assert await all_of(group) == expected
             assert group.fleet.failures == 1
 
