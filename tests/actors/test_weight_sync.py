@@ -272,14 +272,15 @@ def test_a_restarted_engine_answers_only_with_the_current_weights(cluster: Sessi
 
 
 @pytest.mark.slow
-def test_an_engine_killed_at_a_push_does_not_stop_the_others(cluster: Session, trainer, folder):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_dies_or_hangs_at_a_push_does_not_stop_the_others(cluster: Session, trainer, folder, how):
     async def main() -> None:
-        async with RolloutGroup([config(folder), config(folder)], EACH) as group:
+        async with RolloutGroup([config(folder), config(folder)], EACH, timeout_s=10.0) as group:
             sync = WeightSync(group, trainer)
             trainer.call("train", 1)
             await sync.push(1)
             trainer.call("train", 2)
-            os.kill(group._started[1].pid, signal.SIGKILL)
+            os.kill(group._started[1].pid, how)
             report = await sync.push(2)
             assert report.failed == (1,)
             assert report.engines == (0,)
