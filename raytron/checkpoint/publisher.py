@@ -54,6 +54,7 @@ class _Share:
     """Some of a rank's moves: those it counts, into its node's mapping, and as messages to other nodes."""
 
     counted: Sequence[Move]
+    nbytes: int
     bulk: Bulk | None
     messages: Mapping[str, Sequence[int]]
 
@@ -124,8 +125,10 @@ class Publisher:
                 Sender([view(self._weights, box, spots[name, box]) for name, box in boxes], self._dtype)
                 for boxes in messages
             ]
-        local = list(map(self._transfer, mine.get(here, ()))) if self._shared else None
-        return _Share(mine.get(first, ()), self._shared.bulk(local) if self._shared else None, numbers)
+        counted = mine.get(first, ())
+        nbytes = sum(volume(move.box) for move in counted) * self._dtype.itemsize
+        bulk = self._shared.bulk(list(map(self._transfer, mine.get(here, ())))) if self._shared else None
+        return _Share(counted, nbytes, bulk, numbers)
 
     def _moves(self, targets: Sequence[str], nodes: Sequence[str], dtype: str) -> dict[str, list[Move]]:
         """This rank's moves to each node."""
@@ -164,7 +167,7 @@ class Publisher:
             self._model.merge_(self._weights.copy_(self._model.weights.detach()))
         shares = self._shares if self._first else self._shares[:1]
         sums = [pair for share in shares for pair in self._publish(share, turn, delta)]
-        nbytes = sum(volume(move.box) for share in shares for move in share.counted) * self._dtype.itemsize
+        nbytes = sum(share.nbytes for share in shares)
         messages = {node: [n for share in shares for n in share.messages[node]] for node in self._senders}
         self._first = False
         checksums = combine({name: part} for name, part in sums)

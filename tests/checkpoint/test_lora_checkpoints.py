@@ -11,7 +11,7 @@ import torch
 from raytron.checkpoint import CheckpointManager, Storage
 from raytron.checkpoint.publisher import Publisher
 from raytron.config import EngineConfig, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
-from raytron.inference import NativeEngine, Pushed, WeightUpdateError
+from raytron.inference import LLM, NativeEngine, Pushed, WeightUpdateError
 from raytron.models import begin, build, from_pretrained
 from raytron.parallel.changes import Receiver
 from raytron.parallel.checksum import combine
@@ -257,9 +257,8 @@ def test_an_engine_reads_a_directory_and_adapters_beside_it(tmp_path: Path):
     trains([model], 3)
     save_adapter(model, tmp_path / "adapter")
     lora = LoRAConfig(path=str(tmp_path / "adapter"))
-    engine = NativeEngine(EngineConfig(path=str(tmp_path / "model"), kv_cache_mb=2, threads=1, lora=lora))
-    assert torch.equal(engine.model.weights, model.weights)
-    engine.close()
+    with LLM(tmp_path / "model", kv_cache_mb=2, threads=1, lora=lora) as llm:
+        assert torch.equal(llm.engine.model.weights, model.weights)
 
 
 def test_engines_without_adapters_get_merged_weights(directory):
