@@ -26,7 +26,7 @@ from raytron.config import (
 config = SFTConfig(
     model=ModelConfig(preset="llama-tiny"),
     data=SFTDataConfig(sequence_length=256),
-    epochs=2,
+    epochs=3,
     global_batch_size=8,
     micro_batch_size=4,
     optimizer=OptimizerConfig(lr=3e-3, min_lr=0.0, weight_decay=0.0),
