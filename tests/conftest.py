@@ -12,11 +12,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from raytron.actors import Session
 
 torch.set_num_threads(1)
+settings.register_profile("raytron", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("raytron")
 
 
 @pytest.fixture(scope="session")

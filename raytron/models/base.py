@@ -35,9 +35,10 @@ __all__ = ["ShardedModel", "Slot", "chunk_layers"]
 
 # Up to so many rows our own product is faster than the library's. Without bf16 instructions weights are widened as they
 # are read, where the library would widen all of them first; of those instructions it has AVX512's.
-_AVX512 = {"avx512_bf16"}
-_FEW_BF16 = (48 if BF16_INSTRUCTIONS <= _AVX512 else 2) if NATIVE_BF16 else 64
-FEW_ROWS = {torch.float32: 48, torch.bfloat16: _FEW_BF16}
+if BF16_INSTRUCTIONS == frozenset({"avx512_bf16"}):
+    FEW_ROWS = {torch.float32: 128, torch.bfloat16: 128}
+else:
+    FEW_ROWS = {torch.float32: 48, torch.bfloat16: 2 if NATIVE_BF16 else 64}
 ALIGN = 64  # elements: slots start on a cache line in every dtype
 
 
