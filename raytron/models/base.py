@@ -35,8 +35,8 @@ __all__ = ["ShardedModel", "Slot", "chunk_layers"]
 
 # Up to so many rows our own product is faster than the library's. Without bf16 instructions weights are widened as they
 # are read, where the library would widen all of them first; of those instructions it has AVX512's.
-if BF16_INSTRUCTIONS == frozenset({"avx512_bf16"}):
-    FEW_ROWS = {torch.float32: 128, torch.bfloat16: 128}
+if "avx512_bf16" in BF16_INSTRUCTIONS and "amx_bf16" not in BF16_INSTRUCTIONS:
+    FEW_ROWS = {torch.float32: 2048, torch.bfloat16: 256}
 else:
     FEW_ROWS = {torch.float32: 48, torch.bfloat16: 2 if NATIVE_BF16 else 64}
 ALIGN = 64  # elements: slots start on a cache line in every dtype

@@ -186,6 +186,32 @@ static void widen_groups(float *to, const void *from, int64_t at, int64_t k, int
     }
 }
 
+#if defined(__AVX512F__)
+// sum() of four vectors.
+static inline __m128 sums(const __m512 v[4]) {
+    __m512 ab = _mm512_shuffle_f32x4(v[0], v[1], 0x44) + _mm512_shuffle_f32x4(v[0], v[1], 0xee);
+    __m512 cd = _mm512_shuffle_f32x4(v[2], v[3], 0x44) + _mm512_shuffle_f32x4(v[2], v[3], 0xee);
+    __m512 q = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+    q += _mm512_permute_ps(q, 0xee);
+    q += _mm512_permute_ps(q, 0x55);
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), q));
+}
+
+#define SUMS(MR, NR)                                                                                                   \
+    for (int i = 0; i < MR; i++)                                                                                       \
+        if (NR == 4) _mm_storeu_ps(y + i * ys, sums((const __m512 *)acc[i]));                                          \
+        else                                                                                                           \
+            for (int j = 0; j < NR; j++) y[i * ys + j] = sum(acc[i][j]);
+#define MOST_ROWS 6  // of a tile, and its columns: as many sums as there are registers for
+#define COLUMNS 4
+#else
+#define SUMS(MR, NR)                                                                                                   \
+    for (int i = 0; i < MR; i++)                                                                                       \
+        for (int j = 0; j < NR; j++) y[i * ys + j] = sum(acc[i][j]);
+#define MOST_ROWS 4
+#define COLUMNS 3
+#endif
+
 #define TILE(MR, NR, BITS, WTYPE)                                                                                      \
     static inline __attribute__((always_inline)) void tile_##MR##x##NR##group##BITS(                                   \
         const float *x, int64_t xs, const WTYPE *w, int64_t ws, int64_t k, float *y, int64_t ys) {                     \
@@ -208,14 +234,24 @@ static void widen_groups(float *to, const void *from, int64_t at, int64_t k, int
                 for (int j = 0; j < NR; j++) acc[i][j] = fma_(a, b[j], acc[i][j]);                                     \
             }                                                                                                          \
         }                                                                                                              \
-        for (int i = 0; i < MR; i++)                                                                                   \
-            for (int j = 0; j < NR; j++) y[i * ys + j] = sum(acc[i][j]);                                               \
+        SUMS(MR, NR)                                                                                                   \
     }
 
+#if defined(__AVX512F__)
+TILE(6, 4, 32, float)
+TILE(5, 4, 32, float)
+TILE(4, 4, 32, float)
+TILE(3, 4, 32, float)
+TILE(2, 4, 32, float)
+TILE(1, 4, 32, float)
+TILE(6, 1, 32, float)
+TILE(5, 1, 32, float)
+#else
 TILE(4, 3, 32, float)
 TILE(3, 3, 32, float)
 TILE(2, 3, 32, float)
 TILE(1, 3, 32, float)
+#endif
 TILE(4, 1, 32, float)
 TILE(3, 1, 32, float)
 TILE(2, 1, 32, float)
@@ -224,18 +260,34 @@ TILE(1, 8, 32, float)
 TILE(1, 8, 16, uint16_t)
 TILE(1, 1, 16, uint16_t)
 
-// y[m, n] of rows [0, m) and n <= 3 columns, all operands fp32 groups.
+// y[m, n] of rows [0, m) and n <= COLUMNS columns, all operands fp32 groups.
+#define ROWS_OF(MR, NR, W, Y) tile_##MR##x##NR##group32(x + i * k, k, W, k, k, Y + i * ys, ys)
+#if defined(__AVX512F__)
 #define ROWS(NR, W, Y)                                                                                                 \
     do {                                                                                                               \
         int64_t i = 0;                                                                                                 \
-        for (; i + 4 <= m; i += 4) tile_4x##NR##group32(x + i * k, k, W, k, k, Y + i * ys, ys);                        \
-        if (m - i == 3) tile_3x##NR##group32(x + i * k, k, W, k, k, Y + i * ys, ys);                                   \
-        if (m - i == 2) tile_2x##NR##group32(x + i * k, k, W, k, k, Y + i * ys, ys);                                   \
-        if (m - i == 1) tile_1x##NR##group32(x + i * k, k, W, k, k, Y + i * ys, ys);                                   \
+        for (; i + 6 <= m; i += 6) ROWS_OF(6, NR, W, Y);                                                               \
+        if (m - i == 5) ROWS_OF(5, NR, W, Y);                                                                          \
+        if (m - i == 4) ROWS_OF(4, NR, W, Y);                                                                          \
+        if (m - i == 3) ROWS_OF(3, NR, W, Y);                                                                          \
+        if (m - i == 2) ROWS_OF(2, NR, W, Y);                                                                          \
+        if (m - i == 1) ROWS_OF(1, NR, W, Y);                                                                          \
     } while (0)
+#define ALL_COLUMNS(W, Y) ROWS(4, W, Y)
+#else
+#define ROWS(NR, W, Y)                                                                                                 \
+    do {                                                                                                               \
+        int64_t i = 0;                                                                                                 \
+        for (; i + 4 <= m; i += 4) ROWS_OF(4, NR, W, Y);                                                               \
+        if (m - i == 3) ROWS_OF(3, NR, W, Y);                                                                          \
+        if (m - i == 2) ROWS_OF(2, NR, W, Y);                                                                          \
+        if (m - i == 1) ROWS_OF(1, NR, W, Y);                                                                          \
+    } while (0)
+#define ALL_COLUMNS(W, Y) ROWS(3, W, Y)
+#endif
 
 static void block(const float *x, int64_t m, const float *w, int n, int64_t k, float *y, int64_t ys) {
-    if (n == 3) ROWS(3, w, y);
+    if (n == COLUMNS) ALL_COLUMNS(w, y);
     else for (int j = 0; j < n; j++) ROWS(1, w + j * k, y + j);
 }
 
@@ -267,16 +319,6 @@ static void row_times(const float *x, const void *w, int64_t n, int64_t k, int64
 
 #if defined(__AVX512BF16__)
 // With bf16 products in hardware nothing is widened: an instruction adds 32 of them to 16 sums, in one order for all.
-
-// sum() of four vectors.
-static inline __m128 sums(const __m512 v[4]) {
-    __m512 ab = _mm512_shuffle_f32x4(v[0], v[1], 0x44) + _mm512_shuffle_f32x4(v[0], v[1], 0xee);
-    __m512 cd = _mm512_shuffle_f32x4(v[2], v[3], 0x44) + _mm512_shuffle_f32x4(v[2], v[3], 0xee);
-    __m512 q = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
-    q += _mm512_permute_ps(q, 0xee);
-    q += _mm512_permute_ps(q, 0x55);
-    return _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), q));
-}
 
 // n <= 4 of a row's outputs: bias and rounding.
 static inline __attribute__((always_inline)) void finish(__m128 out, int64_t n, const uint16_t *bias, uint16_t *y) {
@@ -363,7 +405,7 @@ static int wide_linear(float *out, const void *x, int64_t xs, const void *w, int
     float *wide = malloc(m * kp * sizeof(float));
     if (!wide) return 1;
     for (int64_t i = 0; i < m; i++) widen_groups(wide + i * kp, x, i * xs, k, kp, dtype);
-    int64_t x_rows = within(X_CACHE, kp, 4, 48), w_rows = m == 1 ? 64 : within(W_CACHE, kp, 3, 48);
+    int64_t x_rows = within(X_CACHE, kp, MOST_ROWS, 48), w_rows = m == 1 ? 64 : within(W_CACHE, kp, COLUMNS, 48);
     int64_t blocks = (n + w_rows - 1) / w_rows;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t t = 0; t < blocks; t++) {
@@ -379,13 +421,13 @@ static int wide_linear(float *out, const void *x, int64_t xs, const void *w, int
         const float *rows = direct ? p : copy;
         int64_t width = dtype == FP32 ? sizeof(float) : sizeof(uint16_t);
         const char *next = (const char *)p + here * k * width;
-        int64_t left = n - at - here < w_rows ? n - at - here : w_rows, calls = (m + x_rows - 1) / x_rows * ((here + 2) / 3);
+        int64_t left = n - at - here < w_rows ? n - at - here : w_rows, calls = (m + x_rows - 1) / x_rows * ((here + COLUMNS - 1) / COLUMNS);
         int64_t slice = (left * k * width / calls + 63) / 64 * 64;
         for (int64_t i = 0; i < m; i += x_rows)
-            for (int64_t j = 0; j < here; j += 3, next += slice) {
+            for (int64_t j = 0; j < here; j += COLUMNS, next += slice) {
                 prefetch(next, slice);
-                block(wide + i * kp, m - i < x_rows ? m - i : x_rows, rows + j * kp, here - j < 3 ? here - j : 3, kp,
-                      out + i * n + at + j, n);
+                block(wide + i * kp, m - i < x_rows ? m - i : x_rows, rows + j * kp,
+                      here - j < COLUMNS ? here - j : COLUMNS, kp, out + i * n + at + j, n);
             }
     }
     free(wide);
