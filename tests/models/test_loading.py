@@ -143,7 +143,7 @@ def test_a_longer_sequence_than_rope_allows_is_refused(directory):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: build("llama9"), r"preset 'llama9' is unknown; there are llama-3m, .*qwen3-32b"),
+        (lambda: build("llama9"), r"preset 'llama9' is unknown; there are llama-tiny, llama-3m, .*qwen3-32b"),
         (partial(build, "llama-3m", parallel=ParallelConfig(virtual_stages=7)), r"6 layers cannot fill .* = 7 chunks"),
     ],
 )
