@@ -97,6 +97,7 @@ class ShardedModel(nn.Module):
         decay_end: where the trained matrices end and norms and biases begin.
         compute_dtype: dtype of rotary tables.
         reproducible: whether every forward gives a token the same bits, see `use_kernels`.
+        compiled: whether chunks are, and so are better given tensors of few shapes.
         origin: the directory that weights were read from, if they were.
     """
 
@@ -113,7 +114,7 @@ class ShardedModel(nn.Module):
         self.arch, self.world = arch, world or World.single()
         self.parallel = parallel or ParallelConfig()
         self.compute_dtype = dtype
-        self.reproducible = False
+        self.reproducible = self.compiled = False
         self.origin: str | None = None
         device = self.world.device if device is None else torch.device(device)
         with torch.device("meta"):

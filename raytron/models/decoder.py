@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from raytron.models.arch import DecoderConfig
 from raytron.models.base import ShardedModel, chunk_layers
 from raytron.models.layers.attention import Attention, Sequences
+from raytron.models.layers.documents import Documents
 from raytron.models.layers.mlp import SwiGLU
 from raytron.models.layers.norm import RMSNorm
 from raytron.models.layers.reproducible import ReproducibleSequences
@@ -157,12 +158,14 @@ class Decoder(ShardedModel):
             cos, sin = self._tables[key]
         else:
             cos, sin = rotary_table(positions_BS, self._inverse, self.compute_dtype)
-        blocked = None
-        if documents_BS is not None:
+        blocked = documents = None
+        if documents_BS is not None and device.type == "cpu" and not (self.compiled or self.reproducible):
+            documents = Documents.of(documents_BS)
+        elif documents_BS is not None:
             other = documents_BS[:, :, None] != documents_BS[:, None, :]
             future = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
             blocked = (other | future).unsqueeze(1)
-        plain = Sequences(batch, length, cos, sin, blocked)
+        plain = Sequences(batch, length, cos, sin, blocked, documents)
         if not self.reproducible:
             return plain
         starts = document_starts(batch, length, positions_BS, documents_BS)

@@ -130,6 +130,7 @@ class TrainEngine:
         self.adamw = FlatAdamW(config.optimizer, self.weights, self.grads, self.intervals, decay_end)
         self._guard = Guard(config.guard)
         apply_recompute(model, config.recompute)
+        model.compiled = config.compile
         if config.compile:
             for chunk in model.chunks:
                 chunk.compile(dynamic=False)

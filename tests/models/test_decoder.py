@@ -68,6 +68,34 @@ def test_documents_of_a_packed_row_equal_separate_sequences(name):
     assert not torch.allclose(packed, decoder(row_BT, positions_BT))
 
 
+@settings(max_examples=25)
+@given(
+    rows=st.lists(
+        st.lists(st.integers(1, 40), min_size=1, max_size=9).filter(lambda row: sum(row) <= 64), min_size=1, max_size=3
+    )
+)
+def test_documents_laid_side_by_side_attend_as_under_a_mask(rows):
+    """Without a mask (a CPU, not compiled) logits and gradients are those with one; padding is a document too."""
+    decoder = build(ARCHS["llama"], dtype=torch.float64, seed=5)
+    width = max(map(sum, rows))
+    documents_BT = torch.full((len(rows), width), -1)
+    positions_BT = torch.zeros((len(rows), width), dtype=torch.long)
+    for row, lengths in enumerate(rows):
+        ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        documents_BT[row, : len(ids)] = ids
+        positions_BT[row, : len(ids)] = torch.cat([torch.arange(n) for n in lengths])
+    tokens_BT = torch.arange(len(rows) * width).view(len(rows), width) % decoder.arch.vocab_size
+    weights_BTV = torch.randn(len(rows), width, decoder.arch.vocab_size, dtype=torch.float64)
+    found = []
+    for decoder.compiled in (False, True):  # compiled models take the mask
+        decoder.zero_grad()
+        logits = decoder(tokens_BT, positions_BT, documents_BT)
+        (logits * weights_BTV).sum().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in decoder.parameters())])
+    for apart, masked in zip(*found, strict=True):
+        torch.testing.assert_close(apart, masked, rtol=1e-9, atol=1e-9)
+
+
 def test_only_the_distance_of_positions_counts():
     decoder = model("llama")
     row_BT = tokens(decoder.arch, 3)

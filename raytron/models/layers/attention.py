@@ -6,12 +6,14 @@ Legend: B batch, S sequence, N query heads here, K key/value heads here, R = N /
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raytron.models.arch import DecoderConfig
+from raytron.models.layers.documents import Documents
 from raytron.models.layers.norm import RMSNorm
 from raytron.models.layers.rotary import rotate
 from raytron.parallel.collectives import Axis
@@ -33,6 +35,7 @@ class Sequences:
 
     batch, length: B and S; cos, sin: rotary table [S, 1, d] or [B, S, 1, d];
     blocked: None for plain causal attention, else bool [B, 1, S, S], true where attention is forbidden.
+    documents: instead of `blocked`, where each document's tokens are: attention is causal within each.
     wanted: rows the head is asked for; None is all of them.
     """
 
@@ -41,6 +44,7 @@ class Sequences:
     cos: Tensor
     sin: Tensor
     blocked: Tensor | None = None
+    documents: Documents | None = None
     wanted: Tensor | None = None
 
     def attend(self, layer: Attention, qk_THd: Tensor, v_TKd: Tensor) -> Tensor:
@@ -48,7 +52,11 @@ class Sequences:
         N, K, d = layer.heads, layer.groups, layer.head_dim
         qk = qk_THd.view(self.batch, self.length, N + K, d)
         q, k = rotate(qk, self.cos.to(qk.dtype), self.sin.to(qk.dtype)).split((N, K), dim=2)
-        out = layer.core_attention(q, k, v_TKd.view(self.batch, self.length, K, d), self.blocked)
+        v = v_TKd.view(self.batch, self.length, K, d)
+        if self.documents is None:
+            out = layer.core_attention(q, k, v, self.blocked)
+        else:
+            out = self.documents.attend(partial(layer.core_attention, blocked=None), q, k, v)
         return out.reshape(self.batch * self.length, N * d)
 
 
