@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from raytron.cli import parse
 from raytron.config import cli
@@ -228,20 +227,3 @@ def test_links_in_the_documentation_lead_somewhere(path: Path):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
         if "://" not in target and Path(target).name not in pictures:
             assert (path.parent / target).exists(), f"{path.name}: {target}"
-
-
-def test_the_kuberay_job_asks_for_ranks_that_its_cluster_has():
-    job, claim = yaml.safe_load_all((ROOT / "docs/examples/rayjob.yaml").read_text())
-    assert (job["apiVersion"], job["kind"], claim["kind"]) == ("ray.io/v1", "RayJob", "PersistentVolumeClaim")
-    config = understood(shlex.split(job["spec"]["entrypoint"]))
-    cluster = job["spec"]["rayClusterSpec"]
-    (workers,) = cluster["workerGroupSpecs"]
-    (container,) = workers["template"]["spec"]["containers"]
-    assert config.scaling.use_gpu
-    assert config.scaling.bounds[1] == int(container["resources"]["limits"]["nvidia.com/gpu"]) * workers["replicas"]
-    for group in (cluster["headGroupSpec"], workers):  # checkpoints and text outlive the pods, and every pod sees them
-        (volume,) = [v for v in group["template"]["spec"]["volumes"] if "persistentVolumeClaim" in v]
-        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-        (mounts,) = [c["volumeMounts"] for c in group["template"]["spec"]["containers"]]
-        shared = next(mount["mountPath"] for mount in mounts if mount["name"] == volume["name"])
-        assert all(path.startswith(shared) for path in (config.run.storage_path, config.data.path))

@@ -15,6 +15,7 @@ import asyncio
 import json
 import logging
 import math
+import os
 import re
 import secrets
 import signal
@@ -37,7 +38,7 @@ from ray.serve.schema import LoggingConfig
 from raytron.actors import Session
 from raytron.actors.replica import bundles, start_engine
 from raytron.actors.trainer import resources
-from raytron.config import EngineConfig, ReplicaConfig, ScalingConfig, ServeConfig
+from raytron.config import EngineConfig, ReplicaConfig, ScalingConfig, ServeConfig, ServingConfig, from_dict
 from raytron.inference import Engine
 from raytron.inference.launch import check_layout
 from raytron.serving.backend import ModelCard
@@ -47,7 +48,7 @@ from raytron.serving.remote import RayBackend, Source
 from raytron.serving.replica import EngineReplica
 from raytron.serving.server import create_app
 
-__all__ = ["App", "ServedModel", "ask_once", "build", "run", "serve_until_stopped"]
+__all__ = ["App", "ServedModel", "ask_once", "build", "from_args", "run", "serve_until_stopped"]
 
 log = logging.getLogger("raytron.serving")
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
@@ -117,6 +118,30 @@ def build(
         engine = deployment.bind(model.name, model.engine, model.each, noted, config.max_queue, start)
         served[model.name] = Source(card, engine, noted, model.replicas.min_replicas)
     return Ingress.bind(served, config, listen)
+
+
+def from_args(args: dict[str, Any]) -> serve.Application:
+    """The application from plain values, behind Serve's proxies: the `import_path: raytron.serving.app:from_args` of a
+    Serve configuration, such as KubeRay's serveConfigV2.
+
+    Args:
+        args: `models`, each with `ServingConfig`'s `name`, `engine` and `replicas`; and `http`, `ServeConfig`'s fields.
+            Keys that it does not have come from RAYTRON_API_KEYS (separated by commas) and RAYTRON_ADMIN_KEY.
+
+    Raises:
+        ValueError: as `build`, and for a field that is not there.
+    """
+    if unknown := sorted(args.keys() - {"models", "http"}):
+        raise ValueError(f"args: unknown key {unknown[0]!r}; there are models and http")
+    secret = {
+        "api_keys": [key for key in os.environ.get("RAYTRON_API_KEYS", "").split(",") if key],
+        "admin_key": os.environ.get("RAYTRON_ADMIN_KEY") or None,
+    }
+    http = from_dict(ServeConfig, secret | dict(args.get("http", {})), "http")
+    models = [from_dict(ServingConfig, model, f"models[{at}]") for at, model in enumerate(args.get("models", ()))]
+    if any(model.http != ServeConfig() for model in models):
+        raise ValueError("models: http is of all models together; put it beside models")
+    return build([ServedModel(model.name, model.engine, model.replicas) for model in models], http, listen=False)
 
 
 def deployment_options(model: ServedModel, max_queue: int) -> dict[str, Any]:
