@@ -15,9 +15,12 @@ import torch.distributed as dist
 
 from raytron.parallel.collectives import GaveUp
 
-__all__ = ["DIED", "Failure", "WorkerError", "cause", "is_echo"]
+__all__ = ["DIED", "GONE", "HUNG", "Failure", "WorkerError", "cause", "is_echo"]
 
 DIED = "process died"
+GONE = "node gone"  # Ray has declared it dead
+HUNG = "does not answer"  # not even its control thread
+SILENT = (DIED, GONE, HUNG)  # kinds of failures that others had to tell of
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,15 @@ class Failure:
     """One rank's report.
 
     Attributes:
-        rank, host, pid: who.
+        rank, host, pid: who; rank None is a worker that has no rank.
         method: what it was doing.
-        kind: the exception's type name, or `DIED`.
+        kind: the exception's type name, or `DIED`, `GONE`, `HUNG`.
         message: the exception's text.
-        trace: the formatted traceback on that rank, "" when the process died.
+        trace: the formatted traceback on that rank, "" where the rank could not tell.
         echo: it failed because another rank did.
     """
 
-    rank: int
+    rank: int | None
     host: str
     pid: int
     method: str
@@ -43,7 +46,7 @@ class Failure:
     echo: bool = False
 
     @classmethod
-    def of(cls, error: BaseException, rank: int, host: str, pid: int, method: str) -> Failure:
+    def of(cls, error: BaseException, rank: int | None, host: str, pid: int, method: str) -> Failure:
         trace = "".join(traceback.format_exception(error))
         return cls(rank, host, pid, method, type(error).__name__, str(error), trace, is_echo(error))
 
@@ -57,17 +60,21 @@ class WorkerError(RuntimeError):
 
     def __str__(self) -> str:
         f = self.failure
-        text = f"rank {f.rank} on {f.host} (pid {f.pid}) failed in {f.method}: {f.kind}: {f.message}"
+        text = f"{_name(f.rank)} on {f.host} (pid {f.pid}) failed in {f.method}: {f.kind}: {f.message}"
         if f.trace:
-            text += f"\n\ntraceback of rank {f.rank}:\n{f.trace.rstrip()}"
+            text += f"\n\ntraceback of {_name(f.rank)}:\n{f.trace.rstrip()}"
         if self.others:
-            text += "\n\nthen: " + "; ".join(f"rank {o.rank}: {o.kind}" for o in self.others)
+            text += "\n\nthen: " + "; ".join(f"{_name(o.rank)}: {o.kind}" for o in self.others)
         return text
+
+
+def _name(rank: int | None) -> str:
+    return "a worker without a rank" if rank is None else f"rank {rank}"
 
 
 def cause(failures: Iterable[Failure]) -> Failure:
     """The failure to blame: the first that is not an echo, a death before an exception seen at the same time."""
-    ranked = sorted(failures, key=lambda f: (f.echo, f.kind != DIED))
+    ranked = sorted(failures, key=lambda f: (f.echo, f.kind not in SILENT))
     return ranked[0]
 
 

@@ -7,7 +7,8 @@
 The store ranks meet at lives in this process, so no rank's death takes it away; each generation meets under its own
 prefix. Calls are messages to all ranks, executed in the order they are sent, and several may be under way. The first
 failure tells every other rank to give up, so that nobody stays in a collective with a peer that will not come; the
-group then refuses calls until it is regrouped. Ray's own restarts and retries are off (see worker.py).
+group then refuses calls until it is regrouped. Ray's own restarts and retries are off (see worker.py). A group that
+also changes its size and shape is in reseating.py.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import remove_placement_group
 
-from raytron.actors.devices import Devices, share
-from raytron.actors.failures import DIED, Failure, WorkerError, cause
+from raytron.actors.calls import Calls
+from raytron.actors.devices import share
+from raytron.actors.members import Chair, Member, ended, ready, survey
 from raytron.actors.placement import Placement, place
 from raytron.actors.worker import Where, Worker
 from raytron.parallel.mesh import Mesh
@@ -33,73 +37,8 @@ __all__ = ["ActorGroup", "Calls"]
 
 log = logging.getLogger(__name__)
 
-SETTLE_S = 5.0  # how long to look for the cause when only its echoes have been heard
-DEATH = "\nThe actor is dead because"  # where Ray's report gets to the point
-ANSWER_S = 10.0  # a living worker's control thread answers within this
-
-
-class Calls:
-    """One fan-out under way: `refs` are Ray's, one per rank of `ranks`."""
-
-    def __init__(self, group: ActorGroup, method: str, ranks: Sequence[int], refs: list[ray.ObjectRef]) -> None:
-        self._group, self.method, self.ranks, self.refs = group, method, tuple(ranks), refs
-        self._generation = group.generation
-
-    def results(self, timeout_s: float | None = None) -> list[Any]:
-        """What each rank returned, in the order of `ranks`.
-
-        Raises:
-            WorkerError: a rank failed or died; every rank was told to give up.
-            TimeoutError: not all answered in time; every rank was told to give up.
-        """
-        try:
-            results = ray.get(self.refs, timeout=timeout_s)
-            self._group._underway.discard(self)
-            return results
-        except GetTimeoutError:
-            ready, _ = ray.wait(self.refs, num_returns=len(self.refs), timeout=0)
-            late = [rank for rank, ref in zip(self.ranks, self.refs, strict=True) if ref not in ready]
-            reason = f"ranks {late} did not answer {self.method} within {timeout_s:g} s"
-            self._abandon(reason)
-            raise TimeoutError(reason) from None
-        except (RayActorError, RayTaskError) as error:
-            self._abandon(f"a rank failed in {self.method}")
-            raise self._blame(error) from None
-
-    def _abandon(self, reason: str) -> None:
-        if self._generation == self._group.generation:  # an old generation's news must not break the new one
-            self._group.abandon(reason)
-
-    def _blame(self, error: Exception) -> WorkerError | Exception:
-        """Collect reports until one is a cause and not an echo, or `SETTLE_S` passed."""
-        failures: list[Failure] = []
-        waiting = dict(zip(self.refs, self.ranks, strict=True))
-        deadline = time.monotonic() + SETTLE_S
-        while waiting and all(f.echo for f in failures) and (left := deadline - time.monotonic()) > 0:
-            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
-            ready += [r for r in ray.wait(list(waiting), num_returns=len(waiting), timeout=0)[0] if r not in ready]
-            for ref in ready:
-                if failure := self._failure(ref, waiting.pop(ref)):
-                    failures.append(failure)
-        if not failures:  # none of ours: the arguments or the result could not be sent
-            return error
-        first = cause(failures)
-        return WorkerError(first, tuple(f for f in failures if f is not first))
-
-    def _failure(self, ref: ray.ObjectRef, rank: int) -> Failure | None:
-        try:
-            ray.get(ref)
-        except RayActorError as error:
-            where = self._group.where[rank]
-            text = str(error)
-            return Failure(rank, where.host, where.pid, self.method, DIED, text[text.find(DEATH) + 1 :].strip())
-        except RayTaskError as error:
-            if isinstance(error.cause, WorkerError):
-                return error.cause.failure
-            # Ray's own trouble with a rank's answer, such as a result that cannot be pickled.
-            where, kind = self._group.where[rank], type(error.cause).__name__
-            return Failure(rank, where.host, where.pid, self.method, kind, str(error.cause), str(error))
-        return None
+ANSWER_S = 10.0  # a living worker answers and an ended one is gone within this
+ADDRESS = tuple[str, int]
 
 
 class ActorGroup:
@@ -116,8 +55,10 @@ class ActorGroup:
         env: environment variables of the workers.
 
     Attributes:
-        where: where each rank runs.
+        members: the worker processes, by rank.
         generation: how often the ranks have met.
+        broken: why calls are refused, None while they are not.
+        each: resources of one rank.
 
     Use it as a context manager, or call `shutdown`; either leaves no process behind.
 
@@ -140,17 +81,21 @@ class ActorGroup:
     ) -> None:
         self.mesh = mesh
         self.generation = -1
-        self.where: list[Where | None] = [None] * mesh.size
+        self.broken: str | None = None
+        self.members: list[Member] = []
+        self.each, self._strategy = dict(each or {"CPU": 1}), strategy
         self._start_s, self._timeout_s, self._threads, self._env = start_s, timeout_s, threads, dict(env or {})
-        self._workers: list[Any] = [None] * mesh.size
-        self._devices: tuple[Devices, ...] = ()
+        self._crew: dict[str, Member] = {}  # everyone alive as far as is known, seated or not, by name
+        self._ended: list[Member] = []
+        self._numbers = count()
         self._underway: set[Calls] = set()
-        self._broken: str | None = None
+        self._ignored: set[ray.ObjectRef] = set()
         self._closed = False
-        self._placement: Placement = place(mesh, each or {"CPU": 1}, strategy=strategy, wait_s=wait_s)
+        placement = place(mesh, self.each, strategy=strategy, wait_s=wait_s)
+        self._groups = {group.id: group for group in placement.groups}  # that are to be given back
         try:
-            self._store = dist.TCPStore("0.0.0.0", 0, None, True, wait_for_workers=False) if mesh.size > 1 else None
-            self._start(range(mesh.size))
+            self._store = self._open_store()
+            self.members = self._hire(chairs_of(placement), range(mesh.size))
             self._connect()
         except BaseException:
             self.shutdown()
@@ -159,7 +104,12 @@ class ActorGroup:
     @property
     def workers(self) -> tuple[Any, ...]:
         """The `Worker` actors, by rank: for what goes past the group, such as `transport.ObjectStore`."""
-        return tuple(self._workers)
+        return tuple(member.worker for member in self.members)
+
+    @property
+    def where(self) -> tuple[Where, ...]:
+        """Where each rank runs."""
+        return tuple(member.where for member in self.members)
 
     def create(
         self, factory: Callable[..., Any], *args: Any, ranks: Sequence[int] | None = None, **kwargs: Any
@@ -199,10 +149,10 @@ class ActorGroup:
 
     def abandon(self, reason: str) -> None:
         """Tell every rank to give up its collectives, and refuse calls until `regroup`. Does not wait."""
-        if self._broken is None:
-            self._broken = reason
-            for worker in self._workers:
-                worker.give_up.remote(self.generation, reason)
+        if self.broken is None:
+            self.broken = reason
+            for member in list(self._crew.values()):
+                member.worker.give_up.remote(self.generation, reason)
 
     def regroup(self) -> tuple[int, ...]:
         """Meet again under the next generation, with a fresh process on the seat of every rank that died.
@@ -211,10 +161,12 @@ class ActorGroup:
         world. The fresh ranks, whose numbers are returned, host nothing until `create(..., ranks=...)`.
         """
         self.abandon("the group is being regrouped")
-        lost = self._lost()
+        gone = survey(self.members, ANSWER_S)
+        lost = tuple(rank for rank, member in enumerate(self.members) if member.name in gone)
         for rank in lost:
-            ray.kill(self._workers[rank])  # one that hangs must not come back
-        self._start(lost)
+            self._end([self.members[rank]])
+        for rank, member in zip(lost, self._hire([self.members[r].chair for r in lost], lost), strict=True):
+            self.members[rank] = member
         self._connect()
         self._forget_calls()
         return lost
@@ -229,16 +181,16 @@ class ActorGroup:
         if self._closed:
             return
         self._closed = True
-        close_s = close_s or (600.0 if self._broken is None else 30.0)
+        close_s = close_s or (600.0 if self.broken is None else 30.0)
         if ray.is_initialized():
-            workers = [w for w in self._workers if w is not None]
-            self._close_engines(workers, close_s)
-            for worker in workers:
-                ray.kill(worker)
-            self._placement.remove()
-            self._await_exit(workers)
+            crew = list(self._crew.values())
+            self._close_engines(crew, close_s)
+            self._end(crew)
+            for group in self._groups.values():
+                remove_placement_group(group)
+            self._await_exit(self._ended)
             self._forget_calls()
-        self._workers, self._store = [], None
+        self.members, self._groups, self._store = [], {}, None
 
     def __enter__(self) -> ActorGroup:
         return self
@@ -248,11 +200,25 @@ class ActorGroup:
             self.abandon(f"the controller left with {type(error).__name__}")
         self.shutdown()
 
+    def forget(self, calls: Calls) -> None:
+        """Nobody has to look at these any more: they have ended well."""
+        self._underway.discard(calls)
+
+    def ignore(self, ref: ray.ObjectRef) -> None:
+        """Look at the answer some time, or Ray would print its failure as unhandled."""
+        self._ignored.add(ref)
+
     def _check(self) -> None:
         if self._closed:
             raise RuntimeError("this group was shut down; make a new one")
-        if self._broken is not None:
-            raise RuntimeError(f"this group is broken ({self._broken}); regroup it or shut it down")
+        if self.broken is not None:
+            raise RuntimeError(f"this group is broken ({self.broken}); regroup it or shut it down")
+
+    def _open_store(self) -> dist.TCPStore | None:
+        return dist.TCPStore("0.0.0.0", 0, None, True, wait_for_workers=False) if self.mesh.size > 1 else None
+
+    def _address(self) -> ADDRESS | None:
+        return (ray.util.get_node_ip_address(), self._store.port) if self._store else None
 
     def _leading(self, per_rank: Sequence[Any] | None, ranks: Sequence[int] | None) -> Callable[[int], tuple]:
         if per_rank is None:
@@ -270,81 +236,110 @@ class ActorGroup:
         kwargs: Mapping[str, Any] | None = None,
         name: str | None = None,
     ) -> Calls:
-        ranks = range(self.mesh.size) if ranks is None else ranks
-        refs = [getattr(self._workers[r], method).remote(*args_of(at), **(kwargs or {})) for at, r in enumerate(ranks)]
-        calls = Calls(self, name or method, ranks, refs)
-        self._underway.add(calls)
+        members = self.members if ranks is None else [self.members[rank] for rank in ranks]
+        return self._tell(members, method, args_of, kwargs, name)
+
+    def _tell(
+        self,
+        members: Sequence[Member],
+        method: str,
+        args_of: Callable[[int], tuple] = lambda _: (),
+        kwargs: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        aside: bool = False,
+    ) -> Calls:
+        """Call the worker's `method` with `args_of` the position in `members`."""
+        refs = [getattr(m.worker, method).remote(*args_of(at), **(kwargs or {})) for at, m in enumerate(members)]
+        calls = Calls(self, name or method, members, refs, aside)
+        if not aside:
+            self._underway.add(calls)
         return calls
 
-    def _start(self, ranks: Sequence[int]) -> None:
-        """Start a worker on the seat of each of `ranks`, all at once, and set all of them up."""
-        for rank in ranks:
-            # Task events feed Ray's dashboard, and cost a tenth of a call.
-            self._workers[rank] = Worker.options(**self._placement.options(rank), enable_task_events=False).remote(rank)
-            self.where[rank] = Where(self._placement.seats[rank].node, self._placement.seats[rank].node[:8], 0, ())
-        for rank, where in zip(ranks, self._fan_out("where", ranks, lambda _: ()).results(self._start_s), strict=True):
-            self.where[rank] = where
-        nodes = [w.node for w in self.where]
-        kept = {rank: devices for rank, devices in enumerate(self._devices) if rank not in ranks}
-        self._devices = share([(w.node, w.gpus) for w in self.where], kept)
-        self._fan_out(
-            "prepare",
-            ranks,
-            lambda at: (self._env, self._devices[ranks[at]].visible, self._threads, nodes.count(nodes[ranks[at]])),
-        ).results(self._start_s)
+    def _hire(self, chairs: Sequence[Chair], ranks: Sequence[int | None]) -> list[Member]:
+        """Start a worker on each of the chairs, all at once, and set all of them up. Nobody else is disturbed.
+
+        Raises:
+            WorkerError, TimeoutError: one did not start; none is left.
+        """
+        new = [self._summon(chair, rank) for chair, rank in zip(chairs, ranks, strict=True)]
+        try:
+            wheres = self._tell(new, "where", aside=True).results(self._start_s)
+            for member, where in zip(new, wheres, strict=True):
+                member.where = where
+            everyone = list(self._crew.values())
+            kept = {at: member.devices for at, member in enumerate(everyone) if member not in new}
+            devices = share([(m.where.node, m.where.gpus) for m in everyone], kept)
+            for at, member in enumerate(everyone):
+                member.devices = devices[at]
+            nodes = [member.where.node for member in everyone]
+            self._tell(
+                new,
+                "prepare",
+                lambda at: (self._env, new[at].devices.visible, self._threads, nodes.count(new[at].where.node)),
+                aside=True,
+            ).results(self._start_s)
+        except BaseException:
+            self._end(new)
+            raise
+        return new
+
+    def _summon(self, chair: Chair, rank: int | None) -> Member:
+        # Task events feed Ray's dashboard, and cost a tenth of a call.
+        worker = Worker.options(**chair.options, enable_task_events=False).remote(rank)
+        node = chair.seat.node
+        member = Member(f"actor-{next(self._numbers)}", worker, chair, Where(node, node[:8], 0, ()), rank)
+        self._crew[member.name] = member
+        return member
 
     def _connect(self) -> None:
-        self.generation, self._broken = self.generation + 1, None
-        address = (ray.util.get_node_ip_address(), self._store.port) if self._store else None
+        self.generation, self.broken = self.generation + 1, None
+        address = self._address()
         self._fan_out(
             "connect",
             None,
-            lambda rank: (self.mesh, rank, address, self.generation, self._timeout_s, self._devices[rank].name),
+            lambda r: (self.mesh, r, address, self.generation, self._timeout_s, self.members[r].devices.name),
         ).results(self._start_s)
 
-    def _lost(self) -> tuple[int, ...]:
-        """Ranks whose process is gone or does not answer."""
-        refs = [worker.where.remote() for worker in self._workers]
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=ANSWER_S)
-        return tuple(rank for rank, ref in enumerate(refs) if ref not in ready or _died(ref))
+    def _end(self, members: Sequence[Member]) -> None:
+        """End their processes, whatever they are doing. Does not wait."""
+        for member in members:
+            self._crew.pop(member.name, None)
+            self._ended.append(member)
+            ray.kill(member.worker)
 
-    def _forget_calls(self) -> None:
+    def _forget_calls(self, timeout_s: float = ANSWER_S) -> None:
         """Look at what nobody asked for any more, or Ray would print each failure among it as unhandled."""
-        refs = [ref for calls in self._underway for ref in calls.refs]
+        self._ignored |= {ref for calls in list(self._underway) for ref in calls.refs}
         self._underway.clear()
-        for ref in ray.wait(refs, num_returns=len(refs), timeout=ANSWER_S)[0] if refs else ():
-            _died(ref)
+        for ref in ready(self._ignored, timeout_s):
+            self._ignored.discard(ref)
+            ended(ref)
 
-    def _close_engines(self, workers: Sequence[Any], close_s: float) -> None:
-        refs = [worker.close.remote() for worker in workers]
-        ready, late = ray.wait(refs, num_returns=len(refs), timeout=close_s) if refs else ([], [])
-        for ref in ready:
+    def _close_engines(self, members: Sequence[Member], close_s: float) -> None:
+        refs = [member.worker.close.remote() for member in members]
+        over = ready(refs, close_s)
+        for ref in over:
             try:
                 ray.get(ref)
             except RayTaskError as error:
                 log.warning("while closing: %s", error.cause)
             except RayActorError:
                 log.debug("a rank was gone before it could close")
-        if late:
-            log.warning("%d of %d ranks did not close within %g s", len(late), len(refs), close_s)
+        if len(over) < len(refs):
+            log.warning("%d of %d ranks did not close within %g s", len(refs) - len(over), len(refs), close_s)
 
-    def _await_exit(self, workers: Sequence[Any]) -> None:
+    def _await_exit(self, members: Sequence[Member]) -> None:
         """Until Ray has declared every worker dead, and those on this machine have left the process table."""
-        if not workers:
+        if not members:
             return
-        ray.wait([worker.where.remote() for worker in workers], num_returns=len(workers), timeout=ANSWER_S)
+        ready([member.worker.where.remote() for member in members], ANSWER_S)
         me = ray.get_runtime_context().get_node_id()
-        here = [Path(f"/proc/{w.pid}") for w in self.where if w is not None and w.pid and w.node == me]
+        here = [Path(f"/proc/{m.where.pid}") for m in members if m.where.pid and m.where.node == me]
         deadline = time.monotonic() + ANSWER_S
         while any(p.exists() for p in here) and time.monotonic() < deadline:
             time.sleep(0.01)
 
 
-def _died(ref: ray.ObjectRef) -> bool:
-    try:
-        ray.get(ref)
-    except RayActorError:
-        return True
-    except RayTaskError:
-        return False
-    return False
+def chairs_of(placement: Placement) -> list[Chair]:
+    """One for each of its seats, in rank order."""
+    return [Chair(placement, seat) for seat in placement.seats]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
@@ -42,6 +42,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Resources = Mapping[str, float]
+NODE = "ray.io/node-id"  # the label with a node's id, which Ray gives every node
 
 
 class CapacityError(ValueError):
@@ -223,17 +224,19 @@ class Placement:
             remove_placement_group(group)
 
 
-def place(mesh: Mesh, each: Resources, *, strategy: str = "PACK", wait_s: float = 30.0) -> Placement:
-    """Take seats for every rank of `mesh`, `each` resources a rank.
+def place(
+    mesh: Mesh, each: Resources, *, strategy: str = "PACK", wait_s: float = 30.0, avoid: Collection[str] = ()
+) -> Placement:
+    """Take seats for every rank of `mesh`, `each` resources a rank, none of them on a node in `avoid` (ids).
 
     Raises:
         CapacityError: not all were granted within `wait_s` seconds; nothing stays reserved.
     """
     start = time.monotonic()
-    requests = choose(mesh, each, cluster(), strategy)
+    requests = choose(mesh, each, [node for node in cluster() if node.id not in avoid], strategy)
     if requests[0].ranks_per_bundle < mesh.tp:
         log.warning("no node can hold a TP group of %d ranks; tensor parallelism will cross nodes", mesh.tp)
-    groups = tuple(placement_group(list(map(dict, r.bundles)), strategy=r.strategy) for r in requests)
+    groups = tuple(_ask(request, avoid) for request in requests)
     for group in groups:
         if not group.wait(max(0.0, start + wait_s - time.monotonic())):
             nodes = cluster()
@@ -242,3 +245,9 @@ def place(mesh: Mesh, each: Resources, *, strategy: str = "PACK", wait_s: float 
             raise CapacityError(shortage(mesh, each, nodes, time.monotonic() - start))
     nodes_of = [placement_group_table(group)["bundles_to_node_id"] for group in groups]
     return Placement(each, groups, assign(requests, nodes_of, cluster()))
+
+
+def _ask(request: Request, avoid: Collection[str]) -> PlacementGroup:
+    elsewhere = {NODE: f"!in({','.join(sorted(avoid))})"}
+    selector = [elsewhere] * len(request.bundles) if avoid else None
+    return placement_group(list(map(dict, request.bundles)), strategy=request.strategy, bundle_label_selector=selector)

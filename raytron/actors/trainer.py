@@ -1,4 +1,4 @@
-"""The group that hosts a training task: an actor group whose calls keep the ranks busy.
+"""The group that hosts a training task: an elastic group whose calls keep the ranks busy.
 
 The task, made by `factory(world, ...)`, is asked for: `train_step() -> dict | None` (metrics on one rank, None
 elsewhere), `evaluate()`, `save()`, `load(...)`, `close()`. What they mean is the task's affair.
@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from raytron.actors.group import ActorGroup, Calls
+from raytron.actors.calls import Calls
+from raytron.actors.reseating import ElasticGroup
 from raytron.config import ScalingConfig
 from raytron.parallel.mesh import Mesh
 
@@ -43,7 +44,7 @@ def per_message(step_s: float) -> int:
     return fit
 
 
-class TrainerGroup(ActorGroup):
+class TrainerGroup(ElasticGroup):
     """Actors for the ranks of `mesh`, with the resources and strategy of `scaling`; then `create(factory, ...)`.
 
     Other arguments are `ActorGroup`'s.

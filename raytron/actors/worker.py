@@ -13,8 +13,10 @@ from __future__ import annotations
 import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,7 +33,9 @@ from raytron.actors.transport import Cut, pack, unpack
 from raytron.parallel.collectives import GaveUp, World
 from raytron.parallel.mesh import Mesh
 
-__all__ = ["Where", "Worker", "cores"]
+__all__ = ["Progress", "Where", "Worker", "cores"]
+
+SLICE_S = 0.2  # how often a rendezvous is asked whether anybody still wants it
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,24 @@ class Where:
     host: str
     pid: int
     gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a worker's engine is at.
+
+    Attributes:
+        method: under way, None between calls.
+        still_s: how long nothing has happened: no step was done, nothing arrived from a peer, no method began.
+        waiting_s: how long it has been waiting for a peer, None if it is not.
+        steps: done so far. busy_s: seconds these took, waiting for peers not counted.
+    """
+
+    method: str | None
+    still_s: float
+    waiting_s: float | None
+    steps: int
+    busy_s: float
 
 
 def cores() -> int:
@@ -60,13 +82,17 @@ class Worker:
     Every method may raise `WorkerError`, which carries this rank, its host and the traceback as text.
     """
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, rank: int | None = None) -> None:
+        self.rank = rank  # None for one that only stands by
         self._world: World | None = None
+        self._transit: World | None = None  # of a change of seats, where others take part than those who sit afterwards
         self._engine: Any = None
         self._store: dist.Store | None = None
         self._generation = -1
         self._abandoned: tuple[int, str] = (-1, "")  # newest generation told to give up, and why
+        self._method: str | None = None
+        self._thread, self._began = 0, 0.0
+        self._steps, self._busy_s = 0, 0.0
 
     @ray.method(concurrency_group="control")
     def where(self) -> Where:
@@ -91,24 +117,68 @@ class Worker:
         os.environ.update(env)
 
     def connect(
-        self, mesh: Mesh, rank: int, address: tuple[str, int] | None, generation: int, timeout_s: float, device: str
+        self,
+        mesh: Mesh | None,
+        rank: int | None,
+        address: tuple[str, int] | None,
+        generation: int,
+        timeout_s: float,
+        device: str,
+        transit: tuple[Mesh, int] | None = None,
     ) -> None:
         """Take seat `rank` of `mesh` under the store prefix of `generation`, leaving the previous generation's groups.
+
+        Args:
+            mesh, rank: None for one that has no seat from now on.
+            transit: mesh of all who take part in a change of seats, and this one's position there; None where those
+                are the ranks of `mesh`.
 
         An engine that is to outlive its world has a method `rejoin(world)`, called here.
         """
         with self._reporting("connect"):
-            if self._world is not None:
-                self._world.give_up(f"generation {generation} takes over")
-                self._world.close()
+            for world in self._worlds():
+                world.give_up(f"generation {generation} takes over")
+                world.close()
+            self._world = self._transit = None
             self.rank, self._generation = rank, generation
-            if self._store is None and address is not None:
+            if address is not None:  # each time anew: a rendezvous that was left behind keeps its connection busy
                 self._store = dist.TCPStore(*address, None, False, timedelta(seconds=timeout_s))
-            self._world = World(mesh, rank, self._store, device=device, timeout=timeout_s, prefix=f"gen{generation}")
+            if mesh is not None:
+                self._world = self._meet(mesh, rank, device, timeout_s, f"gen{generation}")
+            if transit is not None:
+                self._transit = self._meet(*transit, device, timeout_s, f"gen{generation}-transit")
             if self._abandoned[0] >= generation:  # told to while the groups were being made
-                self._world.give_up(self._abandoned[1])
+                for world in self._worlds():
+                    world.give_up(self._abandoned[1])
             if hasattr(self._engine, "rejoin"):
                 self._engine.rejoin(self._world)
+
+    def _meet(self, mesh: Mesh, rank: int, device: str, timeout_s: float, prefix: str) -> World:
+        """A world, made by a thread of its own: a rendezvous that a rank does not come to cannot be ended, but left."""
+        made: Future[World] = Future()
+        store = self._store
+
+        def meet() -> None:
+            try:
+                made.set_result(World(mesh, rank, store, device=device, timeout=timeout_s, prefix=prefix))
+            except Exception as error:
+                made.set_exception(error)
+
+        threading.Thread(target=meet, name=f"raytron-{prefix}", daemon=True).start()
+        while not made.done():
+            try:
+                made.result(SLICE_S)
+            except TimeoutError:
+                if self._abandoned[0] >= self._generation:
+                    raise GaveUp(f"rendezvous abandoned: {self._abandoned[1]}") from None
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)  # of this thread too
+        return made.result()
+
+    def stand_by(self, factory: Callable[[None], Any]) -> None:
+        """Host `factory(None)`, an engine that has no seat yet; nobody waits for what it imports and reads."""
+        with self._reporting("stand_by"):
+            self._engine = factory(None)
 
     def create(self, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Host `factory(world, *args, **kwargs)`."""
@@ -120,11 +190,46 @@ class Worker:
         with self._engaged(method):
             return getattr(self._engine, method)(*args, **kwargs)
 
+    def consult(self, method: str, *args: Any) -> Any:
+        """The engine's `method(*args)`, which talks to no peer: also after giving up, behind all calls sent before."""
+        with self._reporting(method):
+            return getattr(self._engine, method)(*args)
+
+    def reshape(self, place: str, change: Any) -> Any:
+        """The engine's `reshape(world, transit, place, change)`: its seat in the world to come (None: it leaves), and
+        the world of all who take part."""
+        with self._engaged("reshape"):
+            return self._engine.reshape(self._world, self._transit or self._world, place, change)
+
+    def restart(self) -> Any:
+        """The engine's `restart(world)`: it begins anew on its seat."""
+        with self._engaged("restart"):
+            return self._engine.restart(self._world)
+
     def repeat(self, method: str, times: int) -> tuple[list[Any], float]:
         """The results of calling the engine's `method()` so many times, and the seconds it took, in one message."""
         with self._engaged(method):
             start = time.monotonic()
-            return [getattr(self._engine, method)() for _ in range(times)], time.monotonic() - start
+            return [self._step(method) for _ in range(times)], time.monotonic() - start
+
+    def _step(self, method: str) -> Any:
+        assert self._world is not None, "steps need a seat"
+        start, waited_s = time.monotonic(), self._world.waits(self._thread).total_s
+        result = getattr(self._engine, method)()
+        self._began = time.monotonic()
+        self._busy_s += self._began - start - (self._world.waits(self._thread).total_s - waited_s)
+        self._steps += 1
+        return result
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> Progress:
+        """Answers even while the engine's thread is blocked, as long as the process runs at all."""
+        now, method, world = time.monotonic(), self._method, self._transit or self._world
+        if method is None or world is None:
+            return Progress(None, 0.0, None, self._steps, self._busy_s)
+        waits = world.waits(self._thread)
+        waiting_s = None if waits.since is None else now - waits.since
+        return Progress(method, now - max(self._began, waits.last), waiting_s, self._steps, self._busy_s)
 
     def pack(self, buffers: str, cuts: Sequence[Cut]) -> np.ndarray:
         """Part of a message of `transport.ObjectStore`, from the buffers the engine's method of that name returns."""
@@ -141,16 +246,20 @@ class Worker:
         """Abandon `generation`: its collectives raise `GaveUp`, and calls still queued for it fail unrun."""
         if generation >= self._abandoned[0]:
             self._abandoned = (generation, reason)
-        if self._world is not None and self._generation == generation:
-            self._world.give_up(reason)
+        if self._generation == generation:
+            for world in self._worlds():
+                world.give_up(reason)
 
     def close(self) -> None:
         """Close the engine (if it has a `close`) and leave the groups. The process is killed next."""
         with self._reporting("close"):
             if hasattr(self._engine, "close"):
                 self._engine.close()
-            if self._world is not None:
-                self._world.close()
+            for world in self._worlds():
+                world.close()
+
+    def _worlds(self) -> list[World]:
+        return [world for world in (self._world, self._transit) if world is not None]
 
     @contextmanager
     def _engaged(self, method: str) -> Iterator[None]:
@@ -158,14 +267,17 @@ class Worker:
         says so. The next call may be queued already, and its collectives would meet the peers' last ones: where sizes
         differ, gloo aborts the peers' processes."""
         with self._reporting(method):
-            assert self._world is not None, "connect comes first"
+            assert self._worlds(), "connect comes first"
             if self._abandoned[0] >= self._generation:
                 raise GaveUp(f"generation {self._generation} was abandoned: {self._abandoned[1]}")
+            self._method, self._thread, self._began = method, threading.get_ident(), time.monotonic()
             try:
                 yield
             except Exception as error:
                 self.give_up(self._generation, f"{method} failed on rank {self.rank} with {type(error).__name__}")
                 raise
+            finally:
+                self._method = None
 
     @contextmanager
     def _reporting(self, method: str) -> Iterator[None]:

@@ -20,6 +20,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from queue import SimpleQueue
 
@@ -32,6 +36,7 @@ __all__ = [
     "Axis",
     "GaveUp",
     "Handle",
+    "Waits",
     "World",
     "all_to_all",
     "copy",
@@ -51,11 +56,33 @@ class GaveUp(RuntimeError):  # noqa: N818 - reads as what happened: the wait gav
     """A collective was abandoned because the world was told to give up."""
 
 
+@dataclass
+class Waits:
+    """A thread's waits for its peers: since when the present one (`time.monotonic`, None outside), how long all of them
+    took, and when the last one ended."""
+
+    since: float | None = None
+    total_s: float = 0.0
+    last: float = 0.0
+
+
 class _Gate:
     """Shared by all axes of a world: closed once, by `World.give_up`."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.waits: dict[int, Waits] = {}  # by thread
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Note that this thread waits for a peer."""
+        waits = self.waits.setdefault(threading.get_ident(), Waits())
+        start = waits.since = time.monotonic()
+        try:
+            yield
+        finally:
+            waits.last, waits.since = time.monotonic(), None
+            waits.total_s += waits.last - start
 
     def check(self) -> None:
         if self.reason is not None:
@@ -69,6 +96,12 @@ class Handle:
         self._gate, self._work, self._keep = gate, work, keep
 
     def wait(self) -> None:
+        if self._work is not None:
+            with self._gate.waiting():
+                self._wait()
+        self._keep = ()
+
+    def _wait(self) -> None:
         while self._work is not None:
             self._gate.check()
             try:
@@ -80,7 +113,6 @@ class Handle:
                 if "Operation timed out!" not in str(error):
                     self._gate.check()
                     raise
-        self._keep = ()
 
 
 class _NcclHandle(Handle):
@@ -102,8 +134,9 @@ class _MessageHandle(Handle):
         self.error: BaseException | None = None
 
     def wait(self) -> None:
-        while not self.done.wait(SLICE.total_seconds()):
-            self._gate.check()
+        with self._gate.waiting():
+            while not self.done.wait(SLICE.total_seconds()):
+                self._gate.check()
         if self.error is not None:
             self._gate.check()
             raise self.error
@@ -387,6 +420,10 @@ class World:
             for kind, group in axis._groups.items():
                 if kind != "cpu":
                     group.abort()
+
+    def waits(self, thread: int) -> Waits:
+        """The waits of the thread with that identity, over all axes; for an onlooker, who may call it any time."""
+        return self._gate.waits.get(thread, Waits())
 
     def close(self) -> None:
         """Leave the groups. Those with an operation in flight are parked, since freeing them would block."""

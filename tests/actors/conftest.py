@@ -21,7 +21,7 @@ def four(cluster: Session) -> Iterator[ActorGroup]:
 @pytest.fixture
 def group(four: ActorGroup) -> ActorGroup:
     """`four`, whole again after whatever the last test did to it, with a fresh `Toy` on every rank."""
-    if four._broken is not None:
+    if four.broken is not None:
         four.regroup()
     four.create(Toy)
     return four
