@@ -43,6 +43,7 @@ class MicroBatch:
     loss_mask_BS: torch.Tensor  # float32
     position_ids_BS: torch.Tensor | None = None  # int64; None: 0, 1, 2, ... in every row
     document_ids_BS: torch.Tensor | None = None  # int32; None: attention sees the whole row
+    parent_ids_BS: torch.Tensor | None = None  # int32; the document it continues, which attention sees too, or its own
     fields_BS: Mapping[str, torch.Tensor] = field(default_factory=dict)  # further numbers of each label, for objectives
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:

@@ -141,11 +141,17 @@ class Decoder(ShardedModel):
         return self.chunks[-1].head.weight if self.chunks[-1].last else None
 
     def sequences(
-        self, batch: int, length: int, positions_BS: Tensor | None = None, documents_BS: Tensor | None = None
+        self,
+        batch: int,
+        length: int,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+        parents_BS: Tensor | None = None,
     ) -> Sequences | ReproducibleSequences:
         """What the layers must know of a micro-batch: rotary table at `positions_BS` (default 0..S-1), and the mask.
 
-        With `documents_BS` (an id per token) attention does not cross documents.
+        With `documents_BS` (an id per token) attention does not cross documents, but for those that continue another
+        one in front of them in the row, `parents_BS` (their own id if none): a prompt that several answers share.
 
         Raises ValueError in reproducible mode for positions that are not counted from the start of a document.
         """
@@ -160,9 +166,11 @@ class Decoder(ShardedModel):
             cos, sin = rotary_table(positions_BS, self._inverse, self.compute_dtype)
         blocked = documents = None
         if documents_BS is not None and device.type == "cpu" and not (self.compiled or self.reproducible):
-            documents = Documents.of(documents_BS)
+            documents = Documents.of(documents_BS, parents_BS)
         elif documents_BS is not None:
             other = documents_BS[:, :, None] != documents_BS[:, None, :]
+            if parents_BS is not None:
+                other &= parents_BS[:, :, None] != documents_BS[:, None, :]
             future = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
             blocked = (other | future).unsqueeze(1)
         plain = Sequences(batch, length, cos, sin, blocked, documents)

@@ -286,6 +286,8 @@ class RLConfig(StepConfig):
     """Tokens one rank works on at a time."""
     packing: bool = False
     """Several answers behind each other in a row, instead of padded rows of similar length."""
+    share_prompts: bool = True
+    """With packing: compute a prompt once for all of its answers in a row (not in reproducible mode)."""
     reproducible: bool = False
     """Trainer and native engines compute with the same bits; the CPU only."""
     critic: OptimizerConfig | None = None

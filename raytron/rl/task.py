@@ -19,7 +19,7 @@ from raytron.parallel.collectives import Axis, World
 from raytron.rl.algorithms import make
 from raytron.rl.config import RLConfig
 from raytron.rl.objective import PolicyObjective, ValueObjective, token_logprobs
-from raytron.rl.packing import distribute, micro_batches
+from raytron.rl.packing import beginnings, distribute, micro_batches
 from raytron.rl.types import Batch
 from raytron.training.engine import DTYPES, Judge, TrainEngine
 from raytron.training.losses import Objective
@@ -97,12 +97,15 @@ class _Task:
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
         """This rank's share."""
-        dp, parallel = self.world.axis("dp"), self.config.parallel
+        dp, parallel, config = self.world.axis("dp"), self.config.parallel, self.config
+        sharing = config.packing and config.share_prompts and not config.reproducible
+        shared = beginnings(batch) if sharing else None
         return micro_batches(
             batch,
-            distribute(batch.lengths, dp.size)[dp.index],
-            self.config.micro_batch_tokens,
-            packed=self.config.packing,
+            distribute(batch.lengths, dp.size, shared)[dp.index],
+            config.micro_batch_tokens,
+            packed=config.packing,
+            shared=shared,
             multiple_of=parallel.tp if parallel.sequence_parallel else 1,
             count_of=parallel.pp if parallel.virtual_stages > 1 else 1,
         )

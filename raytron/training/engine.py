@@ -245,7 +245,7 @@ class TrainEngine:
     def _forward(self, batch: MicroBatch, chunk: int, hidden: Tensor | None, judge: Judge) -> Tensor:
         """One chunk of one micro-batch: hidden states, or from the last what `judge` makes of the logits."""
         module, (size, length) = self.model.chunks[chunk], batch.tokens_BS.shape
-        seq = self.model.sequences(size, length, batch.position_ids_BS, batch.document_ids_BS)
+        seq = self.model.sequences(size, length, batch.position_ids_BS, batch.document_ids_BS, batch.parent_ids_BS)
         with self._autocast():
             out = module(batch.tokens_BS.reshape(-1) if hidden is None else hidden, seq)
         return judge(out, batch, module.head.start, self.world.axis("tp")) if module.last else out

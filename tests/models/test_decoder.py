@@ -72,10 +72,14 @@ def test_documents_of_a_packed_row_equal_separate_sequences(name):
 @given(
     rows=st.lists(
         st.lists(st.integers(1, 40), min_size=1, max_size=9).filter(lambda row: sum(row) <= 64), min_size=1, max_size=3
-    )
+    ),
+    sharing=st.booleans(),
 )
-def test_documents_laid_side_by_side_attend_as_under_a_mask(rows):
-    """Without a mask (a CPU, not compiled) logits and gradients are those with one; padding is a document too."""
+def test_documents_laid_side_by_side_attend_as_under_a_mask(rows, sharing):
+    """Without a mask (a CPU, not compiled) logits and gradients are those with one; padding is a document too.
+
+    Documents may continue the first of their row, as answers share a prompt.
+    """
     decoder = build(ARCHS["llama"], dtype=torch.float64, seed=5)
     width = max(map(sum, rows))
     documents_BT = torch.full((len(rows), width), -1)
@@ -84,13 +88,16 @@ def test_documents_laid_side_by_side_attend_as_under_a_mask(rows):
         ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         documents_BT[row, : len(ids)] = ids
         positions_BT[row, : len(ids)] = torch.cat([torch.arange(n) for n in lengths])
+    parents_BT = torch.where(documents_BT < 0, documents_BT, 0) if sharing else None
     tokens_BT = torch.arange(len(rows) * width).view(len(rows), width) % decoder.arch.vocab_size
-    weights_BTV = torch.randn(len(rows), width, decoder.arch.vocab_size, dtype=torch.float64)
+    weights_TV = torch.randn(len(rows) * width, decoder.arch.vocab_size, dtype=torch.float64)
     found = []
     for decoder.compiled in (False, True):  # compiled models take the mask
         decoder.zero_grad()
-        logits = decoder(tokens_BT, positions_BT, documents_BT)
-        (logits * weights_BTV).sum().backward()
+        seq = decoder.sequences(len(rows), width, positions_BT, documents_BT, parents_BT)
+        assert (seq.blocked is None) != decoder.compiled
+        logits = decoder.chunks[0](tokens_BT.reshape(-1), seq)
+        (logits * weights_TV).sum().backward()
         found.append([logits.detach(), *(p.grad.clone() for p in decoder.parameters())])
     for apart, masked in zip(*found, strict=True):
         torch.testing.assert_close(apart, masked, rtol=1e-9, atol=1e-9)

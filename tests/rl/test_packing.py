@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytron.rl.packing import distribute, micro_batches, pack
+from raytron.rl.packing import beginnings, distribute, micro_batches, pack
 from raytron.rl.types import Batch, Group, Trajectory
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=12)
@@ -69,6 +69,58 @@ def test_every_chosen_token_is_predicted_once_from_the_token_before_it(lengths, 
             first = batch.starts[rows]
             assert (micro.position_ids_BS[inside].numpy() == at - 1 - first).all()
     assert sorted(seen) == [i for i in range(len(batch.tokens)) if i not in set(batch.starts)]
+
+
+def groups_of(prompts: list[tuple[int, int]], seed: int) -> Batch:
+    """A group for each (tokens of the prompt, answers)."""
+    random = np.random.default_rng(seed)
+    groups = []
+    for number, (size, answers) in enumerate(prompts):
+        prompt, trajectories = random.integers(1, 4, size), []
+        for length in random.integers(1, 8, answers):
+            tokens = np.concatenate((prompt, random.integers(1, 50, length)))
+            chosen = np.arange(len(tokens)) >= size
+            trajectories.append(Trajectory(tokens, chosen, np.where(chosen, -1.0, 0), np.where(chosen, 0, -1), 1.0))
+        groups.append(Group(number, tuple(trajectories)))
+    batch = Batch.of(groups)
+    return batch.having(weights=random.normal(size=batch.tokens.shape) * batch.chosen)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=5),
+    st.integers(1, 60),
+    st.integers(1, 3),
+    st.integers(0, 5),
+)
+def test_a_shared_prompt_is_computed_once_and_seen_by_every_answer(prompts, budget, ranks, seed):
+    """What a position sees (its document's tokens up to it, its parent's before them) is its trajectory up to there."""
+    batch = groups_of(prompts, seed)
+    shared = beginnings(batch)
+    shares = distribute(batch.lengths, ranks, shared)
+    assert sorted(i for share in shares for i in share) == list(range(len(batch)))
+    seen, places = [], 0
+    for share in filter(None, shares):
+        for micro in micro_batches(batch, share, budget, packed=True, shared=shared):
+            tokens, index, documents, parents, positions = (
+                x.numpy().reshape(-1)
+                for x in (
+                    micro.tokens_BS, micro.fields_BS["index"], micro.document_ids_BS, micro.parent_ids_BS,
+                    micro.position_ids_BS,
+                )
+            )  # fmt: skip
+            places += int((documents != -1).sum())
+            for at in np.flatnonzero(index >= 0):
+                before = np.arange(len(tokens)) <= at
+                context = tokens[before & ((documents == documents[at]) | (documents == parents[at]))]
+                start = batch.starts[batch.rows[index[at]]]
+                assert (context == batch.tokens[start : index[at]]).all()
+                assert positions[at] == index[at] - 1 - start
+                assert micro.labels_BS.reshape(-1)[at] == batch.tokens[index[at]]
+            seen += index[micro.loss_mask_BS.numpy().reshape(-1) > 0].tolist()
+    assert sorted(seen) == np.flatnonzero(batch.chosen).tolist()
+    if budget >= batch.lengths.sum():
+        once = sum((size - 1) * (answers - 1) for size, answers in prompts)
+        assert places == batch.lengths.sum() - len(batch) - once
 
 
 def test_a_rank_without_trajectories_still_has_a_micro_batch():

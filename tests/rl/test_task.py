@@ -36,15 +36,16 @@ def batch_of(seed: int = 0) -> Batch:
     """Four groups of three, of many lengths, with masked stretches inside and off-policy log-probabilities."""
     random = np.random.default_rng(seed)
 
-    def trajectory() -> Trajectory:
-        length = int(random.integers(4, 14))
-        tokens = random.integers(0, 23, length)
+    def trajectory(prompt: np.ndarray) -> Trajectory:
+        length = len(prompt) + int(random.integers(2, 12))
+        tokens = np.concatenate((prompt, random.integers(0, 23, length - len(prompt))))
         chosen = random.random(length) < 0.7
-        chosen[:2], chosen[-1] = False, True
+        chosen[: len(prompt)], chosen[-1] = False, True
         logprobs = np.where(chosen, random.normal(-3, 0.5, length), 0)
         return Trajectory(tokens, chosen, logprobs, np.where(chosen, 0, -1), float(random.normal()))
 
-    return Batch.of([Group(g, tuple(trajectory() for _ in range(3))) for g in range(4)])
+    prompts = [random.integers(0, 23, n) for n in (2, 1, 6, 3)]
+    return Batch.of([Group(g, tuple(trajectory(prompt) for _ in range(3))) for g, prompt in enumerate(prompts)])
 
 
 def gradients(world, chosen: RLConfig, folder: str, batch: Batch):
@@ -58,6 +59,7 @@ CUTS = [
     (Mesh(), {"micro_batch_tokens": 12}),
     (Mesh(), {"micro_batch_tokens": 30}),
     (Mesh(), {"packing": True, "micro_batch_tokens": 40}),
+    (Mesh(), {"packing": True, "share_prompts": False, "micro_batch_tokens": 40}),
     (Mesh(dp=2), {"micro_batch_tokens": 30}),
     (Mesh(dp=4), {"packing": True, "micro_batch_tokens": 20}),
     (Mesh(tp=2, dp=2), {"parallel": {"tp": 2}}),

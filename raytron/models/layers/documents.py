@@ -3,17 +3,19 @@
 A mask over the whole row costs the square of the row, though almost all of it is forbidden: 2,048 tokens of sixty
 answers are 4.2 M scores a head, of which 0.2 M count. Here documents of similar length are laid side by side for the
 attention alone (everything else works on the packed tokens), padded at the end, where causality hides the padding from
-every real query. On a CPU that is all; a GPU's fused attention takes the mask, as does a compiled model, which would be
-compiled again for every new set of lengths.
+every real query. A document that continues another one, as the answers to one prompt do, has the other's tokens in
+front of it here, and only here. On a CPU that is all; a GPU's fused attention takes the mask, as does a compiled model,
+which would be compiled again for every new set of lengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["Documents"]
@@ -27,88 +29,63 @@ SHORT = 32  # below this length it is not worth a group of its own
 class Documents:
     """Where the tokens of a micro-batch [B, S] go.
 
-    gather: for each group [D, W], as int64 [D * W], the flat token b * S + s of each place; padding repeats a token.
-    widths: W of each group.
-    places: int64 [B * S], where in all groups, one behind the other, each token is.
+    gather: for each group [D, W], as int64 [D, W], the flat token b * S + s of each place; padding repeats a token.
+    places: int64 [B * S], where in all groups, one behind the other, each token's output is.
     """
 
     gather: tuple[Tensor, ...]
-    widths: tuple[int, ...]
     places: Tensor
 
     @classmethod
-    def of(cls, documents_BS: Tensor) -> Documents:
-        """The documents of each row: runs of equal ids (padding, too, is one)."""
+    def of(cls, documents_BS: Tensor, parents_BS: Tensor | None = None) -> Documents:
+        """Documents are runs of equal ids in a row (padding, too, is one); parents as `MicroBatch.parent_ids_BS`."""
         ids = documents_BS.cpu().numpy()
-        starts = np.ones(ids.shape, bool)
-        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        first = np.flatnonzero(starts)
-        lengths = np.diff(first, append=ids.size)
-        gather, widths = [], []
-        places, end = np.empty(ids.size, np.int64), 0
-        for group in _groups(lengths):
-            width = int(lengths[group[0]])
-            within = np.arange(width)
-            index = first[group][:, None] + np.minimum(within, lengths[group][:, None] - 1)
-            real = within < lengths[group][:, None]
-            places[index[real]] = end + np.flatnonzero(real)
-            gather.append(torch.from_numpy(index.reshape(-1)))
-            widths.append(width)
+        parents = ids if parents_BS is None else parents_BS.cpu().numpy()
+        sequences = _sequences(ids, parents)
+        places, end, gather = np.empty(ids.size, np.int64), 0, []
+        for group in _groups(sequences):
+            width = len(group[0])
+            index = np.stack([np.pad(tokens, (0, width - len(tokens)), mode="edge") for tokens in group])
+            real = np.arange(width) < np.array([[len(tokens)] for tokens in group])
+            places[index[real]] = end + np.flatnonzero(real)  # of a shared token's outputs, which are equal, any
+            gather.append(torch.from_numpy(index))
             end += index.size
-        return cls(tuple(gather), tuple(widths), torch.from_numpy(places))
+        return cls(tuple(gather), torch.from_numpy(places))
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`attention` (causal) within each document. q [B, S, N, d], k and v [B, S, K, d] -> [B, S, N, d]."""
-        flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
-        out, end = [], 0
-        for index, width in zip(self.gather, self.widths, strict=True):
-            places = self.places - end  # of this group's tokens; others are beyond its ends
-            rows = [_Rows.apply(x, index, places).unflatten(0, (-1, width)) for x in flat]
-            out.append(attention(*rows).flatten(0, 1))
-            end += len(index)
-        return _Tokens.apply(torch.cat(out), self.places).view(q.shape)
+        flat = [x.flatten(0, 1) for x in (q, k, v)]
+        out = [attention(*(_take(x, index) for x in flat)).flatten(0, 1) for index in self.gather]
+        return _take(torch.cat(out), self.places).view(q.shape)
 
 
-def _groups(lengths: np.ndarray) -> list[Sequence[int]]:
-    """Documents by falling length, cut where one would fill less than `FILLED` of its row."""
-    order = np.argsort(-lengths, kind="stable")
-    groups: list[list[int]] = []
-    for document in order.tolist():
-        longest = lengths[groups[-1][0]] if groups else 0
-        if not groups or (lengths[document] < FILLED * longest and longest > SHORT):
+def _sequences(ids: np.ndarray, parents: np.ndarray) -> list[np.ndarray]:
+    """The flat tokens of each document, its parent's first; a parent has none of its own."""
+    starts = np.ones(ids.shape, bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    first = np.flatnonzero(starts)
+    tokens = np.split(np.arange(ids.size), first[1:])
+    row = first // max(ids.shape[1], 1)
+    names = list(zip(row.tolist(), ids.flat[first].tolist(), strict=True))
+    above = list(zip(row.tolist(), parents.flat[first].tolist(), strict=True))
+    number = {name: at for at, name in enumerate(names)}
+    parent = [at if above[at] == names[at] else number[above[at]] for at in range(len(names))]
+    shared = {up for at, up in enumerate(parent) if up != at}
+    own = [at for at in range(len(names)) if at not in shared]
+    return [tokens[at] if parent[at] == at else np.concatenate((tokens[parent[at]], tokens[at])) for at in own]
+
+
+def _groups(sequences: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """Sequences by falling length, cut where one would fill less than `FILLED` of its row."""
+    groups: list[list[np.ndarray]] = []
+    for tokens in sorted(sequences, key=len, reverse=True):
+        longest = len(groups[-1][0]) if groups else 0
+        if not groups or (len(tokens) < FILLED * longest and longest > SHORT):
             groups.append([])
-        groups[-1].append(document)
+        groups[-1].append(tokens)
     return groups
 
 
-class _Rows(torch.autograd.Function):
-    """Tokens [T, ...] -> places [P, ...]. Nothing flows back from padding, whose output nobody reads."""
-
-    @staticmethod
-    def forward(ctx, x, index, places):
-        ctx.save_for_backward(places)
-        ctx.size = len(index)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (places,) = ctx.saved_tensors
-        here = (places >= 0) & (places < ctx.size)
-        out = grad.new_zeros((len(places), *grad.shape[1:]))
-        tokens = here.nonzero().squeeze(1)
-        return out.index_copy_(0, tokens, grad.index_select(0, places[tokens])), None, None
-
-
-class _Tokens(torch.autograd.Function):
-    """Places [P, ...] -> tokens [T, ...]; each token is in one place."""
-
-    @staticmethod
-    def forward(ctx, x, places):
-        ctx.save_for_backward(places)
-        ctx.size = len(x)
-        return x.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (places,) = ctx.saved_tensors
-        return grad.new_zeros((ctx.size, *grad.shape[1:])).index_copy_(0, places, grad), None
+def _take(x_THd: Tensor, index: Tensor) -> Tensor:
+    """x[index], whose gradient adds up where an index is repeated: `embedding`'s does so fastest on a CPU."""
+    return F.embedding(index, x_THd.flatten(1)).unflatten(-1, x_THd.shape[1:])
