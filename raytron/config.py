@@ -212,6 +212,9 @@ class ParallelConfig(Typed):
     """Split norms and residuals over tp by tokens (used when tp > 1)."""
     zero: bool = True
     """ZeRO-1: split masters and moments over dp."""
+    twins: bool = False
+    """Keep each of those shards on two dp ranks, dp / 2 apart, so that losing a node loses nothing: twice their memory.
+    Nothing to do at dp 1."""
     bucket_mb: float = 40.0
     """Gradients are reduced over dp in buckets of about this many MiB, overlapping the backward."""
     layers_per_stage: tuple[int, ...] | None = None
@@ -222,6 +225,11 @@ class ParallelConfig(Typed):
         for name in ("tp", "pp", "virtual_stages"):
             _require(getattr(self, name) >= 1, f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
         _require(self.bucket_mb > 0, f"parallel.bucket_mb is {self.bucket_mb}; it must be positive")
+        _require(
+            self.zero or not self.twins,
+            "parallel.twins keeps a second copy of ZeRO's shards; with parallel.zero off every dp rank holds all "
+            "of them already, so leave parallel.twins off too",
+        )
         if self.schedule == "interleaved-1f1b":
             _require(self.virtual_stages > 1, "parallel.schedule interleaved-1f1b needs parallel.virtual_stages >= 2")
         if self.schedule == "1f1b" and self.virtual_stages > 1:
@@ -585,15 +593,24 @@ class TrainConfig(StepConfig):
         for name in ("global_batch_size", "micro_batch_size"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
 
-    def micro_batches(self, dp: int) -> int:
-        """Micro-batches one dp rank runs in a step."""
+    def micro_batches(self, dp: int, index: int = 0, uneven: bool = False) -> int:
+        """Micro-batches that dp rank `index` runs in a step.
+
+        uneven: where dp does not divide them, the first ranks run one more than the others.
+        """
         per_rank = dp * self.micro_batch_size
         _require(
-            self.global_batch_size % per_rank == 0,
+            self.global_batch_size % (self.micro_batch_size if uneven else per_rank) == 0,
             f"global_batch_size {self.global_batch_size} is not divisible by dp x micro_batch_size = {dp} x "
             f"{self.micro_batch_size}; use a multiple of {per_rank}",
         )
-        return self.global_batch_size // per_rank
+        count = self.global_batch_size // self.micro_batch_size
+        _require(
+            count >= dp,
+            f"global_batch_size {self.global_batch_size} is {count} micro-batches of {self.micro_batch_size}, too few "
+            f"for dp {dp}; use fewer ranks, or a multiple of {per_rank}",
+        )
+        return count // dp + (index < count % dp)
 
 
 @dataclass(frozen=True)
@@ -611,8 +628,9 @@ class PretrainConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for workers in self.scaling.bounds:
-            self.micro_batches(self.dp(workers))
+        low, high = self.scaling.bounds
+        for workers in (low, high):
+            self.micro_batches(self.dp(workers), uneven=low < high)
 
     def dp(self, num_workers: int | None = None) -> int:
         """Data-parallel size with `num_workers` ranks (by default the largest the run may have)."""

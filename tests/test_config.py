@@ -172,9 +172,14 @@ def test_an_unknown_key_is_named_wherever_it_is(path):
             r"scaling.num_workers 3 is not divisible by parallel tp x pp = 2 x 1; use a multiple of 2",
         ),
         (
-            lambda: PretrainConfig(scaling=ScalingConfig(num_workers=(1, 3))),
+            lambda: PretrainConfig(scaling=ScalingConfig(num_workers=3)),
             r"global_batch_size 8 is not divisible by dp x micro_batch_size = 3 x 1; use a multiple of 3",
         ),
+        (
+            lambda: PretrainConfig(scaling=ScalingConfig(num_workers=(1, 9))),
+            r"global_batch_size 8 is 8 micro-batches of 1, too few for dp 9; use fewer ranks",
+        ),
+        (lambda: ParallelConfig(zero=False, twins=True), r"parallel.twins keeps .* leave parallel.twins off too"),
     ],
 )  # fmt: skip
 def test_bad_input_names_the_field_and_the_mend(make, message):
@@ -206,6 +211,11 @@ def test_ranks_and_micro_batches_add_up(tp, pp, dp, micro, count):
     )  # fmt: skip
     assert chosen.dp() == dp
     assert chosen.micro_batches(dp) == count
+
+
+def test_a_run_that_may_change_size_takes_ranks_that_do_not_divide_its_batch():
+    chosen = PretrainConfig(scaling=ScalingConfig(num_workers=(1, 3)))
+    assert [chosen.micro_batches(3, index, uneven=True) for index in range(3)] == [3, 3, 2]
 
 
 # The command line

@@ -42,6 +42,7 @@ class Engine(Protocol):
     """What is saved and loaded: one rank of a training run.
 
     optimizer: name -> flat buffer laid out as `optimizer_layout` says; "master" is missing where weights are their own.
+    saved_optimizer: the part of it that this rank saves, as `optimizer_layout(mirrors=False)` says.
     record: replicated numbers, JSON-ready; "step" is the committed step.
     """
 
@@ -51,9 +52,12 @@ class Engine(Protocol):
     def optimizer(self) -> dict[str, torch.Tensor]: ...
 
     @property
+    def saved_optimizer(self) -> dict[str, torch.Tensor]: ...
+
+    @property
     def record(self) -> dict[str, int | float]: ...
 
-    def optimizer_layout(self, *, version: int = 0) -> Layout: ...
+    def optimizer_layout(self, *, version: int = 0, mirrors: bool = True) -> Layout: ...
 
     def add_barrier(self, barrier) -> None:
         """Call `barrier` right before weights or optimizer buffers change."""
@@ -114,7 +118,7 @@ class CheckpointManager:
         start = time.perf_counter()
         self.wait()
         self._meet(engine)
-        live = {f"optimizer.{name}": tensor for name, tensor in engine.optimizer.items()} | {
+        live = {f"optimizer.{name}": tensor for name, tensor in engine.saved_optimizer.items()} | {
             "weights": engine.model.weights
         }
         record, axis = dict(engine.record), engine.model.world.extra("checkpoint")
@@ -132,6 +136,11 @@ class CheckpointManager:
     def wait(self) -> Saved | None:
         """How the last save ended, once it has; None when there was none."""
         return None if self._last is None else self._last.result()
+
+    def forget(self) -> None:
+        """Hold on to the last engine no longer, unless it is still being saved; then until the next save."""
+        if self._last is None or self._last.done():
+            self._engine, self._plans, self._snapshot = None, None, None
 
     def close(self) -> None:
         """Wait for what is still being written."""
@@ -182,7 +191,7 @@ class CheckpointManager:
 
     def _planned(self, axis: Axis) -> Plans:
         if self._plans is None:
-            layout, model, adapter = self._engine.optimizer_layout(), self._engine.model, None
+            layout, model, adapter = self._engine.optimizer_layout(mirrors=False), self._engine.model, None
             if model.adapted:
                 small = describe_adapter(model) | {FROZEN: to_json(frozen_checksum(model, axis))}
                 adapter = (export_adapter(model), small)

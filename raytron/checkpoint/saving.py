@@ -76,6 +76,7 @@ def save_checkpoint(storage: Storage, axis: Axis, job: Job, keep: int | None, ba
 
     keep: checkpoints to leave (None: all). bad: names known to be damaged, which count for nothing.
     """
+    axis.barrier()  # nobody is still writing a save of before: the one clearing up may not be the one who did then
     name, first = step_name(job.record["step"]), axis.index == 0
     folder = temporary_name(name) if storage.renames else name
     small, error = try_describe(job.plans.arch, job.plans.export, job.tokenizer) if first else ({}, None)

@@ -1,10 +1,11 @@
 """Global batches as a pure function of the number of consumed samples.
 
 Megatron's sampler: a global batch is the next `global_batch_size` consecutive samples; micro-step m of data-parallel
-rank r reads ``[m * micro * dp + r * micro, ... + micro)`` of them. So the set of samples of a step depends neither on
-dp nor on the micro-batch size, and the only state of a loader is `consumed_samples`: a resized run goes on where it
-stopped, with no sample lost or repeated. A `torch.utils.data.DataLoader` would bring worker processes and a state of
-its own that is bound to the number of ranks; reading mapped tokens takes one thread.
+rank r reads ``[m * micro * dp + r * micro, ... + micro)`` of them; where dp does not divide them, the last is the first
+ranks' alone. So the set of samples of a step depends neither on dp nor on the micro-batch size, and the only state of a
+loader is `consumed_samples`: a resized run goes on where it stopped, with no sample lost or repeated. A
+`torch.utils.data.DataLoader` would bring worker processes and a state of its own that is bound to the number of ranks;
+reading mapped tokens takes one thread.
 """
 
 from __future__ import annotations
@@ -89,13 +90,13 @@ class GlobalBatches:
         """The samples of each micro-batch of a rank, in the global batch that begins after `consumed_samples`."""
         assert 0 <= dp_rank < dp_size
         stride = self.micro_batch_size * dp_size
-        if self.global_batch_size % stride:
+        if self.global_batch_size < stride:
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} isn't a multiple of micro_batch_size"
-                f" {self.micro_batch_size} x dp {dp_size}; change one of them"
+                f"global_batch_size {self.global_batch_size} has fewer micro-batches of micro_batch_size"
+                f" {self.micro_batch_size} than there are ranks, dp {dp_size}; change one of them"
             )
         first = consumed_samples + dp_rank * self.micro_batch_size
-        starts = range(first, first + self.global_batch_size, stride)
+        starts = range(first, consumed_samples + self.global_batch_size, stride)
         return [range(start, start + self.micro_batch_size) for start in starts]
 
     def read(self, consumed_samples: int, dp_rank: int = 0, dp_size: int = 1) -> list[MicroBatch]:

@@ -95,6 +95,10 @@ class Handle:
     def __init__(self, gate: _Gate, work: dist.Work | None = None, keep: tuple = ()) -> None:
         self._gate, self._work, self._keep = gate, work, keep
 
+    def arrived(self) -> bool:
+        """Whether `wait` would return (or raise) at once."""
+        return self._work is None or self._work.is_completed()
+
     def wait(self) -> None:
         if self._work is not None:
             with self._gate.waiting():
@@ -132,6 +136,9 @@ class _MessageHandle(Handle):
         super().__init__(gate)
         self.done = threading.Event()
         self.error: BaseException | None = None
+
+    def arrived(self) -> bool:
+        return self.done.is_set()
 
     def wait(self) -> None:
         with self._gate.waiting():

@@ -29,17 +29,19 @@ from raytron.config import StepConfig, TrainConfig
 from raytron.data.loader import MicroBatch
 from raytron.models.base import ALIGN, ShardedModel, rank_name
 from raytron.parallel.collectives import Axis
-from raytron.parallel.data import GradientReducer, buckets, shard_intervals
-from raytron.parallel.layout import Layout, Place, cut
+from raytron.parallel.data import GradientReducer, held_intervals, shard_intervals
+from raytron.parallel.layout import Layout, Place
 from raytron.parallel.pipeline import Pipeline
 from raytron.parallel.schedules import schedule as pipeline_schedule
 from raytron.parallel.tensor import ParallelLinear
 from raytron.parallel.weight_grad import WeightGradQueue
+from raytron.training.commit import Finish, Resolution, Standing, Vote
 from raytron.training.guard import Culprit, Guard, find_culprit
 from raytron.training.losses import NextToken, Objective
 from raytron.training.optimizer import FlatAdamW
 from raytron.training.recompute import apply_recompute
 from raytron.training.schedule import learning_rate
+from raytron.training.shards import gradient_buckets, optimizer_layout
 
 __all__ = ["DTYPES", "Judge", "Record", "StepResult", "TrainEngine", "Vote"]
 
@@ -61,19 +63,6 @@ class Record:
     consecutive_skips: int = 0
     nan_steps: int = 0
     norm_mean: float = 0.0
-
-
-@dataclass(frozen=True)
-class Vote:
-    """What all ranks agreed on: loss (per token, or as the objective normalised it), global gradient norm, tokens,
-    whether to apply it, what gradients are divided by, and the objective's further sums."""
-
-    loss: float
-    grad_norm: float
-    tokens: int
-    skip: str | None
-    divisor: float
-    sums: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,8 +92,11 @@ class TrainEngine:
         counters: the replicated numbers; with the buffers they are the whole state of a run (see `record`).
         weights: what is trained of `model.weights`: all of it, or the adapters at its end.
         grads: flat gradient buffer beside `weights`: sums over tokens, not yet divided.
-        intervals: what of the two this rank's optimizer owns.
+        intervals: what of the two this rank's optimizer owns: its own shard, then with twins the one it mirrors.
+        owned: elements of its own shard.
         phases_s: host seconds of the last step's phases.
+        phase, since: what this rank is in (`commit.PHASES`), and since when by `time.monotonic`.
+        whole: whether all weights are of one version, or only what `intervals` says (after `conclude`).
 
     Raises:
         ValueError: a batch, layer or token count the mesh does not divide; a model of another dtype.
@@ -115,6 +107,11 @@ class TrainEngine:
         self.objective = objective or NextToken(config.compile)
         self.mesh, self.counters = self.world.mesh, Record()
         self.phases_s: dict[str, float] = {}
+        self.whole = True
+        self._vote: Vote | None = None  # of the step under way, once passed
+        self._last: Vote | None = None  # of the step published last
+        self._samples: int | None = None
+        self._enter("between")
         if model.weights.dtype != DTYPES[config.precision]:
             raise ValueError(
                 f"precision {config.precision} needs {DTYPES[config.precision]} weights, the model has "
@@ -138,26 +135,26 @@ class TrainEngine:
         self._pipelines: dict[int, Pipeline] = {}
         self._reported: list[Tensor] = []
         fixed = isinstance(config, TrainConfig) and not self.objective.normalized
-        self.micro_batches = config.micro_batches(self.mesh.dp) if fixed else None
+        seat = (self.mesh.dp, self.world.coords.dp)
+        self.micro_batches = config.micro_batches(*seat, uneven=True) if fixed else None
         if self.micro_batches and self._piped:
             self._pipeline(self.micro_batches)
 
     # What this rank owns
 
     def _cut_shards(self) -> None:
-        total, dp = self.weights.numel(), self.world.axis("dp")
-        self.scatter = self.config.parallel.zero and dp.size > 1
-        self._cuts = self._buckets(total)
+        total, dp, parallel = self.weights.numel(), self.world.axis("dp"), self.config.parallel
+        self.scatter = parallel.zero and dp.size > 1
+        self.twins = self.scatter and parallel.twins
+        self._cuts = gradient_buckets(total, parallel, self.grads.element_size(), self.mesh)
         self._shard = shard_intervals(self._cuts, dp.size, dp.index)
-        self.intervals = self._shard if self.scatter else [(0, total)]
+        held = held_intervals(self._cuts, dp.size, dp.index, self.twins)
+        self.intervals = held if self.scatter else [(0, total)]
+        self.owned = sum(stop - start for start, stop in self._shard) if self.scatter else total
         spans = [(slot.offset, slot.offset + slot.numel) for slot in self.model.trained]
-        self._reducer = GradientReducer(self.grads, spans, self._cuts, dp, self.scatter)
+        self._reducer = GradientReducer(self.grads, spans, self._cuts, dp, self.scatter, self.twins)
         self._counted = _intersect(self._counted_intervals(), self._shard)
         self._sums = _TensorSums(self.model, self.grads, self.world.axis("tp"))
-
-    def _buckets(self, total: int) -> list[tuple[int, int]]:
-        elements = int(self.config.parallel.bucket_mb * 2**20 / self.grads.element_size())
-        return buckets(total, elements, ALIGN * self.mesh.dp)
 
     def _counted_intervals(self) -> list[tuple[int, int]]:
         """Flat intervals of the elements that this rank, of its tp and pp peers, counts in norms."""
@@ -182,17 +179,11 @@ class TrainEngine:
         twin = self.model.tied_ends()
         return twin if twin in self._index else None
 
-    def optimizer_layout(self, place: Callable[[int], Place] = rank_name, version: int = 0) -> Layout:
-        """Where the optimizer's tensors (one of them) live on *all* ranks, in each one's flat buffer "shard"."""
-        weights, frozen = self.model.trained_layout(place, version), self.model.frozen_ends(place)
-        intervals = {}
-        for rank in range(self.mesh.size):
-            where = place(rank)
-            start, dp = frozen[where], self.mesh.coords(rank).dp
-            total = weights.sizes[where, "weights"] - start
-            shares = shard_intervals(self._buckets(total), self.mesh.dp, dp) if self.scatter else [(0, total)]
-            intervals[where] = [(start + a, start + b) for a, b in shares]
-        return cut(weights, intervals, of="weights", buffer="shard")
+    def optimizer_layout(
+        self, place: Callable[[int], Place] = rank_name, version: int = 0, mirrors: bool = True
+    ) -> Layout:
+        """See `shards.optimizer_layout`."""
+        return optimizer_layout(self.model, self.config.parallel, place, version, mirrors)
 
     # Gradients
 
@@ -269,6 +260,8 @@ class TrainEngine:
         """
         batches = [self._place(batch) for batch in batches]
         self._check(batches)
+        assert self.whole, "weights are of two versions: the task has to be reshaped first"
+        self._enter("forward_backward")
         self.grads.zero_()
         self._reducer.begin()
         self._reported.clear()
@@ -279,7 +272,9 @@ class TrainEngine:
         for index in range(len(self.model.trained)):
             self._reducer.ready(index)
         self._reducer.finish()
-        return self._count(losses, batches)
+        counts = self._count(losses, batches)
+        self._enter("vote")
+        return counts
 
     def _run_whole(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         losses = []
@@ -352,12 +347,13 @@ class TrainEngine:
 
         Raises TrainingStopped after too many skipped steps in a row.
         """
+        self._samples = samples
         with self._timed("forward_backward"):
             counts = self.forward_backward(batches)
         with self._timed("vote"):
             vote = self.vote(counts)
         culprit = self._culprit(counts) if vote.skip == "non-finite" else None
-        lr = learning_rate(self.counters.step, self.config.steps, self.config.optimizer, self.config.schedule)
+        lr = self._learning_rate()
         if vote.skip is None:
             with self._timed("update"):
                 self.update(vote, lr)
@@ -365,12 +361,20 @@ class TrainEngine:
                 self.gather()
         return self.publish(vote, lr, culprit, samples)
 
+    def _learning_rate(self) -> float:
+        """Of the step after the published one."""
+        return learning_rate(self.counters.step, self.config.steps, self.config.optimizer, self.config.schedule)
+
     def _culprit(self, counts: Tensor) -> Culprit | None:
-        """What went bad first. Besides the loss, what ZeRO left of this replica's own gradients says whose it was."""
-        edges = [0, *(edge for interval in self.intervals for edge in interval), self.grads.numel()]
+        """What went bad first. Besides the loss, what ZeRO left of this replica's own gradients says whose it was (with
+        twins at dp 2 nothing is left)."""
+        edges = [0, *(edge for interval in sorted(self.intervals) for edge in interval), self.grads.numel()]
         own = [counts, *(self.grads[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))]
         at_fault = not all(torch.isfinite(numbers).all() for numbers in own)
         return find_culprit(self.model, self.grads, self.world, at_fault)
+
+    def _enter(self, phase: str) -> None:
+        self.phase, self.since = phase, time.monotonic()
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -389,14 +393,18 @@ class TrainEngine:
         norm = math.sqrt(square) / divisor if square >= 0 else math.nan
         loss = loss_sum / divisor
         named = dict(zip(self.objective.sums, sums, strict=True))
-        return Vote(loss, norm, int(tokens), self._guard.judge(loss, norm, self.counters), divisor, named)
+        skip = self._guard.judge(loss, norm, self.counters)
+        self._vote = Vote(loss, norm, int(tokens), skip, divisor, named)
+        return self._vote
 
     def update(self, vote: Vote, lr: float) -> None:
         """Apply the gradients to what this rank owns. Local."""
         self.settle()
         clip = self.config.optimizer.clip_grad
         shrink = max(1.0, (vote.grad_norm + 1e-6) / clip) if clip > 0 else 1.0
+        self._enter("update")
         self.adamw.step(lr, self.counters.updates + 1, vote.divisor * shrink)
+        self._enter("gather")
 
     def gather(self) -> None:
         """Bring updated weights to every dp rank."""
@@ -414,10 +422,45 @@ class TrainEngine:
         record.consumed_samples += self.config.global_batch_size if samples is None else samples
         record.consumed_tokens += vote.tokens
         self._guard.count(record, vote.skip, vote.grad_norm)
+        self._vote, self._last = None, vote
+        self._enter("between")
         blame = str(culprit) if culprit else None
         result = StepResult(record.step, vote.loss, vote.grad_norm, vote.tokens, lr, vote.skip, blame, vote.sums)
         self._guard.check(record, result.culprit)
         return result
+
+    # After a fault (commit.py)
+
+    def standing(self) -> Standing:
+        """Where this rank is, once nothing runs on it any more."""
+        return Standing(self.counters.step, self.phase, self._vote, self._last, self.whole)
+
+    def conclude(self, resolution: Resolution) -> StepResult | None:
+        """Do this rank's part of what `resolve` found. Local: no collectives, and no other rank is needed.
+
+        After it everything that `intervals` names is of version `resolution.step`, as is the record. The other weights
+        are too, unless `whole` says otherwise; then only a new engine, on a new mesh, goes on (reshape.py).
+
+        Returns the step's result where it was finished here, None where nothing was left to do.
+
+        Raises TrainingStopped like `step`.
+        """
+        behind = resolution.step - self.counters.step
+        assert behind in (0, 1), f"at step {self.counters.step} there is no way to version {resolution.step}"
+        vote, phase = self._vote, self.phase
+        if not behind:
+            self._vote = None
+            self._enter("between")
+            return None
+        assert isinstance(resolution, Finish), f"a step is begun anew while a rank is at {resolution.step - 1}"
+        assert phase in ("vote", "gather"), f"version {resolution.step} was voted on without this rank, in {phase}"
+        assert vote is None or vote.skip == resolution.vote.skip
+        lr = self._learning_rate()
+        if resolution.vote.skip is None:
+            if phase == "vote":
+                self.update(resolution.vote, lr)
+            self.whole = not self.scatter
+        return self.publish(resolution.vote, lr, None, self._samples)
 
     def settle(self) -> None:
         """Wait for whoever still reads the weights (see `add_barrier`); after it they may change."""
@@ -458,6 +501,11 @@ class TrainEngine:
     def optimizer(self) -> dict[str, Tensor]:
         """This rank's optimizer buffers by name, each laid out as `optimizer_layout` says; fill in place to restore."""
         return self.adamw.state
+
+    @property
+    def saved_optimizer(self) -> dict[str, Tensor]:
+        """The same without what is mirrored here, which its owner saves."""
+        return {name: flat[: self.owned] for name, flat in self.adamw.state.items()}
 
     @property
     def record(self) -> dict[str, int | float]:

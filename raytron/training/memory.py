@@ -53,10 +53,11 @@ def _of_rank(arch: Any, mesh: Mesh, config: TrainConfig, length: int, model: Any
     numel, dtype = model.weights.numel(), DTYPES[config.precision]
     trained = numel - model.frozen
     wide = 8 if dtype == torch.float64 else 4
-    owned = trained // mesh.dp if config.parallel.zero else trained
+    shards = min(mesh.dp, 2 if config.parallel.twins else 1)
+    owned = trained // mesh.dp * shards if config.parallel.zero else trained
     copies = 2 + (dtype == torch.bfloat16)
     layers = sum(len(chunk.layers) for chunk in model.chunks)
-    in_flight = min(config.micro_batches(mesh.dp), mesh.pp)
+    in_flight = min(config.micro_batches(mesh.dp, uneven=True), mesh.pp)
     per_layer = activation_bytes_per_layer(arch, config, mesh, length)
     logits = config.micro_batch_size * length * arch.vocab_size // mesh.tp * 4 * 2
     last = any(chunk.last for chunk in model.chunks)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytron.config import TrainConfig
 from raytron.data import GlobalBatches, Sample
 
 
@@ -65,12 +66,26 @@ def test_types_and_optional_fields() -> None:
     assert (batch.position_ids_BS.dtype, batch.document_ids_BS.dtype) == (torch.int64, torch.int32)
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.sampled_from([1, 2, 3]), st.integers(1, 5), st.integers(0, 9), st.integers(0, 20))
+def test_ranks_that_do_not_divide_the_batch_share_it_as_evenly_as_it_goes(micro, dp, more, consumed) -> None:
+    size = micro * (dp + more)
+    batches = GlobalBatches(Counting(100), size, micro, 3)
+    ranks = [batches.read(consumed, rank, dp) for rank in range(dp)]
+    assert sorted(i for rank in ranks for i in ids(rank)) == list(range(consumed, consumed + size))
+    counts = [len(rank) for rank in ranks]
+    assert counts == sorted(counts, reverse=True)
+    assert max(counts) - min(counts) <= 1
+    chosen = TrainConfig(global_batch_size=size, micro_batch_size=micro)
+    assert counts == [chosen.micro_batches(dp, rank, uneven=True) for rank in range(dp)]
+
+
 def test_bad_divisions() -> None:
     with pytest.raises(ValueError, match="global_batch_size 5 isn't a positive multiple of micro_batch_size 2"):
         GlobalBatches(Counting(9), 5, 2, 3)
-    with pytest.raises(ValueError, match="global_batch_size 4 isn't a multiple of micro_batch_size 2 x dp 4"):
+    with pytest.raises(ValueError, match="fewer micro-batches of micro_batch_size 2 than there are ranks, dp 4"):
         GlobalBatches(Counting(9), 4, 2, 3).read(0, 0, 4)
-    with pytest.raises(ValueError, match="isn't a multiple"):
+    with pytest.raises(ValueError, match="fewer micro-batches"):
         GlobalBatches(Counting(9), 4, 2, 3).prefetch(0, 0, 4)
     with pytest.raises(ValueError, match="built for 3"):
         GlobalBatches(Counting(9), 4, 2, 5)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytron.parallel.collectives import Axis, Handle, World
-from raytron.parallel.data import GradientReducer, buckets, shard_intervals
+from raytron.parallel.data import GradientReducer, buckets, held_intervals, shard_intervals
 from raytron.parallel.mesh import Mesh
 
 
@@ -98,11 +98,11 @@ def gradients(rank: int, step: int) -> torch.Tensor:
     return torch.randn(TOTAL, generator=generator, dtype=torch.float64)
 
 
-def run_reducer(world: World, scatter: bool, elements: int) -> None:
+def run_reducer(world: World, scatter: bool, elements: int, twins: bool = False) -> list[tuple[tuple[int, int], bytes]]:
     """Parameters become ready in another order on every rank; the sums are right all the same, step after step."""
     axis, flat = world.axis("dp"), torch.zeros(TOTAL, dtype=torch.float64)
     cuts = buckets(TOTAL, elements, 2 * axis.size)
-    reducer = GradientReducer(flat, SPANS, cuts, axis, scatter)
+    reducer = GradientReducer(flat, SPANS, cuts, axis, scatter, twins)
     for step in range(3):
         flat.copy_(gradients(axis.index, step))
         reducer.begin()
@@ -110,15 +110,26 @@ def run_reducer(world: World, scatter: bool, elements: int) -> None:
             reducer.ready(param)
         reducer.finish()
         wanted = sum(gradients(rank, step) for rank in range(axis.size))
-        mine = shard_intervals(cuts, axis.size, axis.index) if scatter else [(0, TOTAL)]
+        mine = held_intervals(cuts, axis.size, axis.index, twins) if scatter else [(0, TOTAL)]
         for start, stop in mine:
             torch.testing.assert_close(flat[start:stop], wanted[start:stop])
+    return [((start, stop), flat[start:stop].numpy().tobytes()) for start, stop in mine]
 
 
 @pytest.mark.parametrize("scatter", [False, True], ids=["all-reduce", "zero"])
 @pytest.mark.parametrize("elements", [1, 20, 1000])
 def test_gradients_are_summed_over_ranks(ranks, scatter, elements):
     ranks.run(run_reducer, Mesh(dp=4), scatter, elements)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_mirrored_shard_is_equal_to_the_bit(ranks, size):
+    held: dict[tuple[int, int], list[bytes]] = {}
+    for intervals in ranks.run(run_reducer, Mesh(dp=size), True, 5, True):
+        for interval, bits in intervals:
+            held.setdefault(interval, []).append(bits)
+    assert sum(stop - start for start, stop in held) == TOTAL
+    assert all(len(copies) == 2 and copies[0] == copies[1] for copies in held.values())
 
 
 def test_a_single_rank_keeps_its_gradients():

@@ -73,6 +73,11 @@ def canonical(engine: TrainEngine, flat: torch.Tensor | None = None) -> dict[tup
     }
 
 
+def bits(tensor: torch.Tensor) -> bytes:
+    """Of a tensor that is not a scalar."""
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def kept_bytes(engine: TrainEngine, batch: MicroBatch) -> int:
     """What a forward keeps for its backward: each storage once, weights left out."""
     weights, kept = engine.model.weights.untyped_storage().data_ptr(), {}

@@ -84,6 +84,21 @@ def test_every_rank_knows_the_global_norm(ranks, mesh, parallel, arch):
         assert found == pytest.approx(norms, rel=1e-7)
 
 
+def run_uneven(world: World, arch: str, chosen: TrainConfig) -> tuple[int, list[float]]:
+    engine = make(arch, world, chosen)
+    return engine.micro_batches, [engine.step(batches(engine, arch, step)).loss for step in range(3)]
+
+
+@pytest.mark.parametrize(("micro", "counts"), [(1, [3, 3, 2]), (2, [2, 1, 1])])
+def test_ranks_that_do_not_divide_the_batch_compute_the_same_steps(ranks, micro, counts):
+    chosen = config(micro=micro)
+    losses, _, _ = reference("tied", chosen, steps=3)
+    answers = ranks.run(run_uneven, Mesh(dp=3), "tied", chosen)
+    assert [count for count, _ in answers] == counts
+    for _, found in answers:
+        assert found == pytest.approx(losses, rel=1e-9)
+
+
 # Half precision
 
 

@@ -21,10 +21,10 @@ def nbytes(*tensors: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(("zero", "twins"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(dp=4), Mesh(dp=2, tp=2)], ids=str)
-def test_weights_gradients_and_optimizer_are_exact(mesh, zero, precision):
-    chosen = config(precision, parallel={"tp": mesh.tp, "zero": zero})
+def test_weights_gradients_and_optimizer_are_exact(mesh, zero, twins, precision):
+    chosen = config(precision, parallel={"tp": mesh.tp, "zero": zero, "twins": twins})
     for arch in ARCHS.values():
         estimate = estimate_memory(arch, mesh, chosen, LENGTH)
         engines = [
