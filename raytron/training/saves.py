@@ -15,20 +15,26 @@ class Saves:
     """One rank's saves of `engine`; every method but `failed` is collective over its world.
 
     Args:
-        engine: what is saved and loaded.
+        engine: what is saved and loaded; None for now where it comes later (`serve`).
         location: folder or URI of the run's checkpoints.
         policy: how many to keep, and how to write them.
         tokenizer: directory whose tokenizer every saved model gets.
     """
 
     def __init__(
-        self, engine: TrainEngine, location: str, policy: CheckpointConfig, tokenizer: str | None = None
+        self, engine: TrainEngine | None, location: str, policy: CheckpointConfig, tokenizer: str | None = None
     ) -> None:
         self._engine, self._tokenizer = engine, tokenizer
         self._manager = CheckpointManager(
             location, keep=policy.num_to_keep, asynchronous=policy.asynchronous, shard_mb=policy.shard_mb
         )
         self._underway: Future[Saved] | None = None  # on rank 0, a save whose end nobody has heard of
+
+    def serve(self, engine: TrainEngine | None) -> None:
+        """Save and load another engine from now on. A save of the last one that is still under way ends by itself, or
+        fails with its world; it never becomes one of this engine. Local."""
+        self._engine = engine
+        self._manager.forget()
 
     def load(self, most: int | None = None) -> list[str] | None:
         """Fill the engine from the newest good checkpoint (most: of this step or before), whatever its layout.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from raytron.data.loader import GlobalBatches
 from raytron.data.sft import build_sft_datasets
 from raytron.training.task import PretrainTask
@@ -32,3 +35,9 @@ class SFTTask(PretrainTask):
     def _tokens(self) -> int:
         end = self.engine.counters.consumed_samples
         return int(self._train.dataset.lengths[end - self.config.global_batch_size : end].sum())
+
+    def _adopted(self, told: Mapping[str, Any]) -> None:
+        super()._adopted(told)
+        for batches in filter(None, (self._train, self._valid)):
+            if self.engine is not None and batches.trim is not None:
+                batches.trim = 8 * self.engine.mesh.tp

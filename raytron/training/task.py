@@ -6,6 +6,8 @@ Each rank reads its own samples; whoever drives the run sees only metrics.
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,22 @@ from raytron.config import PretrainConfig
 from raytron.data.build import Prepared, build_datasets
 from raytron.data.loader import GlobalBatches
 from raytron.metrics import EvalRecord, StepRecord
+from raytron.models.base import ShardedModel
 from raytron.models.loading import begin
 from raytron.parallel.collectives import World
 from raytron.training.engine import DTYPES, StepResult, TrainEngine
 from raytron.training.memory import flops_per_token
+from raytron.training.reshape import Reshaping
 from raytron.training.saves import Saves
+from raytron.training.seating import config_at
 
 __all__ = ["PretrainTask", "measure_peak_flops", "sample_counts"]
 
 
-class PretrainTask:
+RECENT = 256  # records kept for a driver that lost messages: more than it sends steps ahead
+
+
+class PretrainTask(Reshaping):
     """One rank of a pretraining run.
 
     Args:
@@ -33,21 +41,40 @@ class PretrainTask:
         arch: the model's architecture.
         prepared: what `raytron.data.prepare` made, once, before ranks started.
         checkpoints: folder or URI of the run's checkpoints.
+        fresh: nothing is built or read but the data: this rank joins a run and gets all it is to hold by its first
+            `reshape`, until when it has no `engine` (and `world` may be None).
 
-    Every method is collective over the world. Metrics come from rank 0, other ranks return None.
+    Methods are collective over the world, but for those of `Reshaping` and `since`. Metrics come from rank 0, other
+    ranks return None.
     """
 
-    def __init__(self, world: World, config: PretrainConfig, arch: Any, prepared: Prepared, checkpoints: str) -> None:
-        self.world, self.config, self.prepared = world, config, prepared
+    def __init__(
+        self,
+        world: World | None,
+        config: PretrainConfig,
+        arch: Any,
+        prepared: Prepared,
+        checkpoints: str,
+        fresh: bool = False,
+    ) -> None:
+        self.world, self.config, self.arch, self.prepared = world, config, arch, prepared
         self._make_data()
-        how = {"parallel": config.parallel, "dtype": DTYPES[config.precision]}
-        self.engine = TrainEngine(begin(config.model, arch, world, seed=config.seed, **how), config)
         policy = config.run.checkpoint_config
-        self.saves = Saves(self.engine, checkpoints, policy, prepared.tokenizer_directory)
+        self.saves = Saves(None, checkpoints, policy, prepared.tokenizer_directory)
         self._flops = flops_per_token(arch, config.data.sequence_length)
-        self.peak_flops = measure_peak_flops(world)
         self._reader = None
-        self._end = time.perf_counter()
+        self._recent: deque[StepRecord] = deque(maxlen=RECENT)
+        self.engine, self.peak_flops, self._end = None, 0.0, time.perf_counter()
+        if not fresh:
+            self._begin(world)
+
+    def _begin(self, world: World) -> None:
+        """Build what a run starts from."""
+        self.world, config = world, config_at(self.config, world.mesh)
+        how = {"parallel": config.parallel, "dtype": DTYPES[config.precision]}
+        model = begin(self.config.model, self.arch, world, seed=config.seed, **how)
+        self.engine = self._engine_of(model, config)
+        self._adopted({"peak_flops": measure_peak_flops(world)})
 
     def _make_data(self) -> None:
         config, size, length = self.config, self.config.global_batch_size, self.config.data.sequence_length
@@ -68,17 +95,37 @@ class PretrainTask:
         damaged = self.saves.load()
         if damaged is not None:
             self._close_reader()
+            self._recent.clear()
         return self.engine.counters.step, damaged or []
+
+    def restart(self, world: World) -> tuple[int, list[str]]:
+        """Begin again on a new seat without leaving the process, from the newest checkpoint if there is one: where too
+        much was lost for `reshape`. Collective over `world`; newcomers too. Returns as `load` does."""
+        self._next, self.engine = None, None
+        self.saves.serve(None)  # free what was before
+        self._close_reader()
+        self._recent.clear()
+        self._begin(world)
+        return self.load()
 
     def train_step(self) -> StepRecord | None:
         """One step of the run; TrainingStopped after too many skipped ones in a row."""
         if self._reader is None:
             dp = self.world.axis("dp")
             self._reader = self._train.prefetch(self.engine.counters.consumed_samples, dp.index, dp.size)
-        result = self.engine.step(next(self._reader))
+        record = self._note(self.engine.step(next(self._reader)))
+        return record if self.world.rank == 0 else None
+
+    def since(self, step: int) -> list[StepRecord]:
+        """The records of the steps after `step` that were done here, the newest `RECENT` of them at most. Any rank
+        that was there knows them; for a driver that lost messages."""
+        return [record for record in self._recent if record.step > step]
+
+    def _note(self, result: StepResult) -> StepRecord:
         now = time.perf_counter()
         elapsed, self._end = now - self._end, now
-        return self._record(result, elapsed) if self.world.rank == 0 else None
+        self._recent.append(self._record(result, elapsed))
+        return self._recent[-1]
 
     def evaluate(self) -> EvalRecord | None:
         """Held-out loss over the same first global batches of the validation split every time."""
@@ -111,6 +158,26 @@ class PretrainTask:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+
+    # See `Reshaping`
+
+    def _engine_of(self, model: ShardedModel, config: Any) -> TrainEngine:
+        model.origin = model.origin or self.config.model.path
+        return TrainEngine(model, config)
+
+    def _concluded(self, result: StepResult | None) -> None:
+        self._close_reader()  # it has handed out the batch that is to be done again
+        if result is not None:
+            self._note(result)
+
+    def _tell(self) -> dict[str, Any]:
+        return super()._tell() | {"peak_flops": self.peak_flops}
+
+    def _adopted(self, told: Mapping[str, Any]) -> None:
+        self._close_reader()
+        self.saves.serve(self.engine)
+        self.peak_flops = told["peak_flops"]
+        self._end = time.perf_counter()
 
     def _record(self, result: StepResult, elapsed: float) -> StepRecord:
         counters, tokens = self.engine.counters, self._tokens()
