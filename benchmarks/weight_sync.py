@@ -6,7 +6,8 @@ weight has changed. *delta*: a hundredth has, the rest is left as it is. The pee
 one buffer to another, with all cores. For vLLM the peer is its own reload of the same directory, without
 pushing anything; it writes its weights into packed matrices, which is nearly all of the time.
 
-Floor of a full push: two copies (trainer to mapping, mapping to engine), one after the other: 0.5 of a copy's rate.
+Floor of a full push: four passes over the bytes (the trainer reads and writes, past the cache, and so does the engine),
+where a copy makes three (it reads what it overwrites): 0.75 of a copy's rate on shared cores. Of a delta, three: 1.0.
 
     python benchmarks/weight_sync.py [--quick]
 """

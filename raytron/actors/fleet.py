@@ -1,6 +1,6 @@
 """The health of a group of engines, whether one gets on, and which gets a request. Pure: no Ray, no clock, no engine.
 
-    STARTING -> STALE -> READY          started; given the current weights
+    STARTING -> STALE -> READY          started; given the current weights (STALE again: a push ended half-way)
         ^         |        |
         |         v        v
         +------ FAILED <---+            died, or lost its weights; started again while `max_failures` allows
@@ -39,7 +39,7 @@ class Health(StrEnum):
 _NEXT = {
     Health.STARTING: {Health.STALE, Health.FAILED},
     Health.STALE: {Health.READY, Health.FAILED},
-    Health.READY: {Health.READY, Health.FAILED},
+    Health.READY: {Health.READY, Health.STALE, Health.FAILED},
     Health.FAILED: {Health.STARTING, Health.LOST},
     Health.LOST: set(),
 }
@@ -88,6 +88,11 @@ class Fleet:
     def published(self, version: int) -> None:
         """`version` is now what engines must have. READY ones go on with what they have until they are updated."""
         self.current = version
+
+    def mixed(self, engine: int) -> None:
+        """It has got a part of a push that will not be finished: STALE until the next one."""
+        if self.states[engine].health is Health.READY:
+            self._move(engine, Health.STALE, version=None)
 
     def failed(self, engine: int, reason: str) -> bool:
         """It died; whether to start it again, else it is LOST."""

@@ -53,8 +53,11 @@ def start_engine(config: EngineConfig, each: Mapping[str, float]) -> Engine:
         ValueError: as `make_engine`.
         RuntimeError: a rank did not start.
     """
-    if config.engine == "vllm" or config.tp * config.pp == 1:
+    if config.engine == "vllm":
         return make_engine(config)
+    if config.tp * config.pp == 1:
+        seat = ("", tuple(map(str, ray.get_runtime_context().get_accelerator_ids().get("GPU", []))))
+        return NativeEngine(config, World.single(share([seat])[0].name))
     return ReplicaEngine(config, each)
 
 

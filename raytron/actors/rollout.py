@@ -352,6 +352,10 @@ class RolloutGroup:
         """Ray's id of the node that an engine was started on."""
         return self._started[engine].node
 
+    def device(self, engine: int) -> str:
+        """`device_memory.identity` of the GPU that all of an engine is on; "" if it is elsewhere."""
+        return self._started[engine].device
+
     @property
     def max_model_len(self) -> int:
         """Tokens of prompt and output together that every engine has room for."""

@@ -21,7 +21,7 @@ import ray
 
 from raytron.actors.fleet import Progress
 from raytron.config import EngineConfig
-from raytron.inference import Engine, EngineFailed, EngineLoop, Output, Pushed, Request, Stats
+from raytron.inference import Engine, EngineFailed, EngineLoop, NativeEngine, Output, Pushed, Request, Stats
 from raytron.inference.types import PauseMode
 
 __all__ = ["Done", "RolloutEngine", "Start", "Started"]
@@ -31,12 +31,14 @@ QUEUE = 1 << 30  # requests that may wait in an engine: admission is the driver'
 
 
 class Started(NamedTuple):
-    """Of an engine that runs: its node, its context, and the version of its weights (None: it has none yet)."""
+    """Of an engine that runs: its node, its context, the version of its weights (None: it has none yet), and the GPU
+    that all of it is on (`device_memory.identity`)."""
 
     node: str
     pid: int
     max_model_len: int
     version: int | None
+    device: str = ""
 
 
 class Done(NamedTuple):
@@ -73,7 +75,9 @@ class RolloutEngine:
         self._news = asyncio.Event()
         self._progress = Progress()
         node = ray.get_runtime_context().get_node_id()
-        return Started(node, os.getpid(), engine.max_model_len, None if config.weights == "await" else engine.version)
+        version = None if config.weights == "await" else engine.version
+        device = engine.device if isinstance(engine, NativeEngine) else ""
+        return Started(node, os.getpid(), engine.max_model_len, version, device)
 
     async def submit(self, requests: Sequence[Request]) -> None:
         """Take requests in; `collect` tells how they ended."""

@@ -1,12 +1,18 @@
 """Trained weights into rollout engines: one push, proved on every engine.
 
-    trainer ranks  --publish-->  shared directory of their node  --update-->  every engine of that node
+    trainer ranks  --publish-->  shared directory of their node  --update-->  every engine of that node, at once
          \\--outgoing--> object store --> holder of another node --> its directory --update--> its engines
 
 There is one copy a node, in shared memory (`parallel.shared`), which the trainer's ranks write in parallel, each its
 own part, and out of which every rank of every engine takes its own boxes. The trainer's checksum of every tensor
 travels with the push and every engine answers with that of what it then holds; an engine that skipped an update cannot
 answer so. Pushes come one at a time: nothing is written before all engines have answered for the push before.
+
+Native engines of the trainer's own nodes are told of a push when the trainer is, and take each block as it is written
+(`parallel.progress`). A trainer that fails in the middle leaves them with some of its weights: they are STALE, and keep
+what they were asked, until another push has come. vLLM, which reads whole files, and engines of nodes that are sent
+what they need, take a push when it is there. Where every engine is on one GPU with ranks that hold its whole model,
+nothing is written: engines copy out of the trainer's memory (`parallel.device_memory`).
 """
 
 from __future__ import annotations
@@ -17,17 +23,17 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytron.actors.fleet import Health
+from raytron.actors.holder import Holder
 from raytron.actors.rollout import RolloutError, RolloutGroup
 from raytron.actors.worker import Where
 from raytron.checkpoint.huggingface import small_files
@@ -38,11 +44,11 @@ from raytron.inference.engine import engine_arch, model_dtype
 from raytron.inference.types import PauseMode
 from raytron.models import build
 from raytron.models.adapters import resolve_lora
-from raytron.parallel.changes import Receiver
 from raytron.parallel.checksum import combine, fold
 from raytron.parallel.collectives import GaveUp
+from raytron.parallel.device_memory import Offer, in_reach
 from raytron.parallel.layout import Spec, retype
-from raytron.parallel.shared import SharedDirectory, SharedWeights
+from raytron.parallel.progress import WriterGone
 from raytron.parallel.storage import torch_dtype
 
 __all__ = ["LocalTrainer", "PushReport", "Trainer", "WeightSync"]
@@ -53,8 +59,8 @@ log = logging.getLogger(__name__)
 class Trainer(Protocol):
     """The side that has the weights: an `ActorGroup` whose engines have the methods of `Publisher` that are called.
 
-    `connect_publisher(directories, nodes, dtype, adapters)`, `publish(turn, delta)` and `outgoing(node, message,
-    delta)`, each passed on to the rank's `Publisher` (the first to `connect`).
+    `connect_publisher(directories, nodes, dtype, adapters[, consumers])`, `publish(turn, delta)` and `outgoing(node,
+    message, delta)`, each passed on to the rank's `Publisher` (the first to `connect`).
     """
 
     where: Sequence[Where]
@@ -84,8 +90,9 @@ class PushReport:
     """One push. nbytes: of what was pushed, in the engines' dtype: the model, or once that is there its adapters.
     checksum: `checksum.fold` of all that the engines now hold.
 
-    seconds: "publish" (the trainer writes), "send" (to other nodes), "update" (engines take it in), "total". engines:
-    those that confirmed it. failed: those that died meanwhile; they are started again and given it then.
+    seconds: "publish" (the trainer writes, and engines that can take it in beside it), "send" (to other nodes),
+    "update" (what is then left to the engines), "total". engines: those that confirmed it. failed: those that died
+    meanwhile; they are started again and given it then.
     """
 
     version: int
@@ -96,41 +103,19 @@ class PushReport:
     failed: tuple[int, ...] = ()
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
-class Holder:
-    """Owns a node's shared directory, and writes into it what comes from other nodes."""
-
-    def create(self, tensors: Mapping[str, Spec], files: Mapping[str, bytes], fallback: str) -> str:
-        """Make the directory; its path."""
-        self._directory = SharedDirectory(tensors, files, fallback)
-        self._shared = SharedWeights(self._directory.path)
-        self._receivers: dict[tuple[int, int], Receiver] = {}
-        return self._directory.path
-
-    def expect(self, sender: int, messages: Sequence[Any]) -> None:
-        """What a rank will send."""
-        for number, boxes in enumerate(messages):
-            self._receivers[sender, number] = Receiver(self._shared, boxes)
-
-    def receive(self, sender: int, number: int, message: np.ndarray, turn: int, delta: bool) -> None:
-        """Write a message of `Publisher.outgoing`."""
-        self._receivers[sender, number].write(message, turn, delta)
-
-    def close(self) -> None:
-        """Remove the directory."""
-        self._directory.close()
-
-
 @dataclass
 class _State:
-    """Directories in use, and what engines that were started again are to be given."""
+    """Where pushes go, and what engines that were started again are to be given. devices: engine -> its GPU, where none
+    needs a directory."""
 
     holders: dict[str, Any] = field(default_factory=dict)
     directories: dict[str, str] = field(default_factory=dict)
+    devices: dict[int, str] = field(default_factory=dict)
     outgoing: Sequence[Outgoing] = ()
     turn: int = 0
     version: int | None = None
     checksums: Mapping[str, int] = field(default_factory=dict)
+    published: Sequence[Published] = ()
 
 
 class WeightSync:
@@ -153,6 +138,7 @@ class WeightSync:
         (self._dtype,) = dtypes
         if len({config.lora for config in rollouts.configs}) != 1:
             raise ValueError("engines have not all the same adapters; give all of them one engine.lora")
+        self._apart = False  # the trainer's ranks have not all that engines on the same GPUs want
         self._state = _State()
         self._lock = asyncio.Lock()
         rollouts.on_stale = self._catch_up
@@ -168,21 +154,29 @@ class WeightSync:
 
         Raises:
             WeightUpdateError: an engine holds other weights than were pushed; names it and the tensor.
-            WorkerError: a rank of the trainer failed.
+            WorkerError: a rank of the trainer failed; engines that had begun to take the push in are STALE.
             RolloutError: no engine runs.
         """
         async with self._lock:
             start = time.perf_counter()
-            published = await self._publish(delta)
-            sent_from = time.perf_counter()
-            published = await self._sent(published, delta)
+            await self._connect()
             state, rollouts = self._state, self._rollouts
+            state.turn, state.version = state.turn + 1, None  # what is there is neither old nor new
+            taking = {e: asyncio.ensure_future(self._told(e, mode, version, None)) for e in self._followers()}
+            try:
+                published = await self._publish(delta)
+                sent_from = time.perf_counter()
+                published = await self._sent(published, delta)
+            except BaseException:
+                await self._give_up(taking)
+                raise
+            state = self._state
             updated_from = time.perf_counter()
             state.checksums = {**state.checksums, **combine(part.checksums for part in published)}
             state.version = version
             rollouts.fleet.published(version)
-            engines = rollouts.fleet.of(Health.STALE, Health.READY)
-            updates = (self._update(engine, mode) for engine in engines)
+            engines = sorted({*taking, *rollouts.fleet.of(Health.STALE, Health.READY)})
+            updates = (self._update(engine, mode, taking.get(engine)) for engine in engines)
             answers = await asyncio.gather(*updates, return_exceptions=True)  # nobody reads any more when this returns
             if (error := next((answer for answer in answers if isinstance(answer, BaseException)), None)) is not None:
                 raise error
@@ -199,10 +193,12 @@ class WeightSync:
         Returns the folded checksum. Raises WeightUpdateError naming an engine that is behind, or holds other weights.
         """
         async with self._lock:
-            for engine in self._rollouts.fleet.ready:
+            state, rollouts = self._state, self._rollouts
+            for engine in rollouts.fleet.ready:
+                pushed = self._pushed(engine, state.checksums)
                 with suppress(EngineFailed):  # it is being replaced
-                    await self._confirmed(engine, self._rollouts.call(engine, "verify", self._pushed(engine)))
-            return fold(self._state.checksums)
+                    await self._confirmed(engine, rollouts.call(engine, "verify", pushed))
+            return fold(state.checksums)
 
     async def reset(self) -> None:
         """Forget the directories: the next push makes new ones, and is whole. For a trainer that was cut anew."""
@@ -217,27 +213,42 @@ class WeightSync:
     # ---------------------------------------------------------------------------------------------------------- inside
 
     async def _connect(self) -> None:
-        """Have a directory on every node with an engine, and the trainer's plans for them."""
-        rollouts = self._rollouts
-        nodes = sorted({rollouts.node(e) for e in rollouts.fleet.of(Health.STALE, Health.READY)})
-        if self._state.directories and set(nodes) <= set(self._state.directories):
-            return
-        if not nodes:
+        """Have the trainer's plans for where the engines are: its own GPUs, or nodes with a directory each."""
+        rollouts, state = self._rollouts, self._state
+        engines = rollouts.fleet.of(Health.STALE, Health.READY)
+        if not engines:
+            if state.directories or state.devices:
+                return  # those that are being started again will be given it
             raise RolloutError("no engine runs that weights could be pushed to")
-        await self._close()
+        devices = {engine: rollouts.device(engine) for engine in engines}
+        if all(devices.values()) and not self._apart:
+            if state.devices != devices:
+                await self._close()
+                self._state.devices = devices
+                await self._plan()
+            return
+        nodes = sorted({rollouts.node(engine) for engine in engines})
+        if not state.directories or not set(nodes) <= set(state.directories):
+            await self._close()
+            await self._hold(nodes)
+            await self._plan()
+
+    async def _hold(self, nodes: Sequence[str]) -> None:
+        """A directory on each node."""
         state = self._state
         tensors, files = await asyncio.to_thread(self._contents)
         for node in nodes:
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
             state.holders[node] = Holder.options(scheduling_strategy=strategy).remote()
-        made = (holder.create.remote(tensors, files, self._fallback) for holder in state.holders.values())
+        ranks = [where.node for where in self._trainer.where]
+        made = (h.create.remote(tensors, files, self._fallback, ranks.count(n)) for n, h in state.holders.items())
         state.directories = dict(zip(nodes, await asyncio.gather(*made), strict=True))
-        await self._plan()
 
     async def _plan(self) -> None:
         state, trainer = self._state, self._trainer
         ranks = tuple(where.node for where in trainer.where)
-        args = (state.directories, ranks, self._dtype, resolve_lora(self._rollouts.configs[0].lora).rank > 0)
+        args = [state.directories, ranks, self._dtype, resolve_lora(self._rollouts.configs[0].lora).rank > 0]
+        args += [state.devices] if state.devices else []
         state.outgoing = await asyncio.to_thread(trainer.call, "connect_publisher", *args)
         if any(state.outgoing) and not trainer.workers:
             raise ValueError("a trainer in the driver's process reaches engines of its own node; use trainer actors")
@@ -255,11 +266,44 @@ class WeightSync:
         layout = build(engine_arch(config), device="meta").layout()
         return retype(layout, self._dtype).tensors, small_files(Storage.open(config.path), torch_dtype(self._dtype))
 
+    def _followers(self) -> list[int]:
+        """Engines that take a push in while it is written: native ones, where nothing comes from other nodes."""
+        if any(self._state.outgoing) or self._state.devices:
+            return []
+        configs = self._rollouts.configs
+        return [e for e in self._rollouts.fleet.of(Health.STALE, Health.READY) if configs[e].engine == "native"]
+
+    async def _give_up(self, taking: Mapping[int, asyncio.Future]) -> None:
+        """The trainer failed while engines took what it wrote: release them. They wait for another push."""
+        if not taking:
+            return
+        told = (holder.give_up.remote(self._state.turn) for holder in self._state.holders.values())
+        await asyncio.gather(*told, return_exceptions=True)
+        await asyncio.gather(*taking.values(), return_exceptions=True)
+        for engine in taking:
+            self._rollouts.fleet.mixed(engine)
+
     async def _publish(self, delta: bool) -> Sequence[Published]:
-        await self._connect()
         state = self._state
-        state.turn, state.version = state.turn + 1, None  # what is there is neither old nor new
-        return await asyncio.to_thread(self._trainer.call, "publish", state.turn, delta)
+        published = await asyncio.to_thread(self._trainer.call, "publish", state.turn, delta)
+        if state.devices and not state.published and not self._reach(published):
+            self._apart = True
+            return await self._anew(delta)
+        state.published = published
+        return published
+
+    def _reach(self, published: Sequence[Published]) -> bool:
+        """Whether every engine finds all that it wants on its own GPU."""
+        layout = build(engine_arch(self._rollouts.configs[0]), device="meta").layout()
+        devices = self._state.devices.items()
+        return all(in_reach(_offers(published, engine), layout, device) for engine, device in devices)
+
+    async def _anew(self, delta: bool) -> Sequence[Published]:
+        """Publish again, by new plans."""
+        await self._close()
+        await self._connect()
+        self._state.turn = 1
+        return await self._publish(delta)
 
     async def _sent(self, published: Sequence[Published], delta: bool) -> Sequence[Published]:
         """Once other nodes have it too. A node that is gone is done without, and the push begun anew."""
@@ -268,8 +312,7 @@ class WeightSync:
             return published
         except RayActorError as error:
             log.warning("a node with engines is gone (%s); the push begins anew without it", error)
-            await self._close()
-        published = await self._publish(delta)
+        published = await self._anew(delta)
         await self._send(published, delta)
         return published
 
@@ -285,21 +328,32 @@ class WeightSync:
             message = self._trainer.workers[rank].call.remote("outgoing", node, number, delta)
             await state.holders[node].receive.remote(rank, number, message, state.turn, delta)
 
-    def _pushed(self, engine: int) -> Pushed:
+    def _pushed(self, engine: int, checksums: Mapping[str, int] | None) -> Pushed:
+        """What an engine is told; checksums None: while the push is written."""
         state = self._state
-        return Pushed(state.directories[self._rollouts.node(engine)], state.turn, state.checksums)
+        path = state.directories.get(self._rollouts.node(engine), "")
+        return Pushed(path, state.turn, checksums, _offers(state.published, engine))
 
-    async def _update(self, engine: int, mode: PauseMode) -> bool:
-        """Have an engine take the push in; whether it did, or has died."""
+    def _told(self, engine: int, mode: PauseMode, version: int, checksums: Mapping[str, int] | None) -> Awaitable[Any]:
+        return self._rollouts.update(engine, self._pushed(engine, checksums), mode, version)
+
+    async def _update(self, engine: int, mode: PauseMode, taking: Awaitable[Any] | None = None) -> bool:
+        """Have an engine take in what is written, unless it is `taking` it already; whether it did, or has died."""
         state, rollouts = self._state, self._rollouts
         try:
-            await self._confirmed(engine, rollouts.update(engine, self._pushed(engine), mode, state.version))
+            await self._confirmed(engine, self._answer(engine, mode, taking))
         except (EngineFailed, GaveUp) as error:  # it is being replaced
             log.warning("rollout engine %d failed during a push: %s", engine, error)
             return False
         if engine in rollouts.fleet.of(Health.STALE, Health.READY):
             rollouts.updated(engine, state.version)
         return True
+
+    async def _answer(self, engine: int, mode: PauseMode, taking: Awaitable[Any] | None) -> Any:
+        if taking is not None:
+            with suppress(WriterGone):  # it has lost patience with a trainer that has finished since
+                return await taking
+        return await self._told(engine, mode, self._state.version, self._state.checksums)
 
     async def _confirmed(self, engine: int, answer: Any) -> None:
         state = self._state
@@ -324,9 +378,14 @@ class WeightSync:
             state, rollouts = self._state, self._rollouts
             if engine not in rollouts.fleet.of(Health.STALE) or state.version is None:
                 return  # the next push will reach it
-            if rollouts.node(engine) not in state.directories:
+            known = state.devices.get(engine) == rollouts.device(engine) or rollouts.node(engine) in state.directories
+            if not known:
                 log.warning("rollout engine %d was started on a new node; it waits for the next push", engine)
                 return
+            if state.devices:  # there is no copy of what was pushed, but the trainer may still hold just that
+                published = await self._publish(delta=False)
+                if combine(part.checksums for part in published) != state.checksums:
+                    return  # it trains: the next push is on its way
             await self._update(engine, "keep")
 
     async def _close(self) -> None:
@@ -337,3 +396,7 @@ class WeightSync:
             except RayActorError:
                 log.debug("a node with weights was gone")
             ray.kill(holder)
+
+
+def _offers(published: Sequence[Published], engine: int) -> tuple[Offer, ...]:
+    return tuple(part.offers[engine] for part in published if engine in part.offers)

@@ -4,6 +4,8 @@
     publish(turn)                    collective: straight into the mapping of this rank's own node
     outgoing(node, message, delta)   what other nodes are to get from this rank, as messages for whoever carries them
 
+Ranks on one GPU with the engines write nothing: `publish` then offers them its own memory.
+
 The plan is the algebra's own: from where the ranks hold the tensors to one file a node, each element once, from a rank
 of that node where one has it. The sums that `publish` returns are of the trainer's values in the engines' dtype,
 each element once; so with those of all ranks combined every reader can prove that it holds what was trained.
@@ -15,8 +17,8 @@ that have none (vLLM) are sent merged weights, each time, from a buffer of their
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
@@ -27,8 +29,9 @@ from raytron.parallel.boxes import Box, volume
 from raytron.parallel.bulk import WRITE, WRITE_CHANGED, Bulk, Transfer
 from raytron.parallel.changes import Sender, grouped
 from raytron.parallel.checksum import checksum, combine
+from raytron.parallel.device_memory import Exports, Offer
 from raytron.parallel.file_layout import shards
-from raytron.parallel.layout import Move, Place, Spec, plan, relabel, union
+from raytron.parallel.layout import Layout, Move, Place, Spec, only, owners, plan, relabel, union
 from raytron.parallel.shared import SharedWeights
 from raytron.parallel.storage import torch_dtype, view
 
@@ -41,12 +44,14 @@ Outgoing = Mapping[str, Sequence[Sequence[tuple[str, Box]]]]
 @dataclass(frozen=True)
 class Published:
     """What one rank did. nbytes: its share of what was pushed, each element counted on one rank. checksums: of that
-    share. messages: node -> numbers of the messages that carry what was pushed."""
+    share. messages: node -> numbers of the messages that carry what was pushed. offers: engine -> where it finds this
+    rank's weights on its own GPU."""
 
     nbytes: int
     seconds: float
     checksums: Mapping[str, int]
     messages: Mapping[str, Sequence[int]]
+    offers: Mapping[int, Offer] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,9 +76,15 @@ class Publisher:
         self._shared: SharedWeights | None = None
         self._shares: list[_Share] = []
         self._senders: dict[str, list[Sender]] = {}
+        self._exports: Exports | None = None
 
     def connect(
-        self, directories: Mapping[str, str], nodes: Sequence[str], dtype: str, adapters: bool = False
+        self,
+        directories: Mapping[str, str],
+        nodes: Sequence[str],
+        dtype: str,
+        adapters: bool = False,
+        consumers: Mapping[int, str] | None = None,
     ) -> Outgoing:
         """Plan pushes from now on; the first one is whole.
 
@@ -82,19 +93,30 @@ class Publisher:
             nodes: of each rank.
             dtype: of the tensors there, torch's name.
             adapters: whether a model's adapters are there beside its weights, not merged into them.
+            consumers: instead of directories, each engine's GPU: pushes are offers of this rank's own memory then
+                (`parallel.device_memory`).
 
         Returns the messages that other nodes will need from this rank.
 
         Raises:
             ValueError: the directory's tensors are not the model's; names one.
         """
-        model, (first, *_) = self._model, directories
-        here = nodes[model.world.rank]
-        self._shared = SharedWeights(directories[here]) if here in directories else None
+        model, here = self._model, nodes[self._model.world.rank]
         self._dtype, self._merges = torch_dtype(dtype), model.adapted and not adapters
         self._weights = model.weights.detach().clone() if self._merges else model.weights
-        self._local_counts, self._at = here == first, model.weights.data_ptr()
-        self._layout = merged_layout(model) if self._merges else model.layout()
+        self._at, self._layout = model.weights.data_ptr(), merged_layout(model) if self._merges else model.layout()
+        self._exports = Exports(self._weights, self._held(self._layout), consumers) if consumers else None
+        if consumers:
+            self._owned = self._held(owners(self._layout))
+            return {}
+        first = next(iter(directories))
+        self._shared, self._local_counts = None, here == first
+        if here in directories:
+            self._shared = SharedWeights(directories[here])
+        self._slot = nodes[: model.world.rank].count(here)
+        self._tells = self._shared is not None and self._shared.progress.writers > 0
+        if self._tells:
+            self._shared.progress.begin(self._slot)
         changing = self._layout if self._merges else model.trained_layout()
         moves = self._moves(list(directories), nodes, dtype)
         outgoing: dict[str, list[Sequence[tuple[str, Box]]]] = {node: [] for node in moves if node != here}
@@ -159,28 +181,54 @@ class Publisher:
     def publish(self, turn: int, delta: bool = False) -> Published:
         """Write this rank's share into its node's mapping, as push number `turn`, above the last one's.
 
+        Readers are told how far it is, and in the end what it has written sums to (`progress`).
+
         delta: leave what is there already as it is, so that engines copy less; the result has the same bits.
         """
         assert self._model.weights.data_ptr() == self._at, "the model's weights have moved; connect again"
         start = time.perf_counter()
         if self._merges:
             self._model.merge_(self._weights.copy_(self._model.weights.detach()))
+        if self._exports is not None:
+            return self._offer(start)
         shares = self._shares if self._first else self._shares[:1]
-        sums = [pair for share in shares for pair in self._publish(share, turn, delta)]
+        here = [pair for share in shares for pair in self._write(share, turn, delta, alone=len(shares) == 1)]
+        if self._tells:
+            self._shared.progress.seal(self._slot, turn, _by_name(here))
+        # Of what is not on this node, or counted on another one, only the trainer's values can be summed up.
+        sums = here if self._local_counts else [(m.name, self._sum(m)) for share in shares for m in share.counted]
         nbytes = sum(share.nbytes for share in shares)
         messages = {node: [n for share in shares for n in share.messages[node]] for node in self._senders}
         self._first = False
-        checksums = combine({name: part} for name, part in sums)
-        return Published(nbytes, time.perf_counter() - start, checksums, messages)
+        return Published(nbytes, time.perf_counter() - start, _by_name(sums), messages)
 
-    def _publish(self, share: _Share, turn: int, delta: bool) -> list[tuple[str, int]]:
-        """Write a share; (tensor, checksum) of what this rank counts."""
-        sums: list[tuple[str, int]] = []
-        if share.bulk is not None:
-            sums, _ = share.bulk.run(WRITE_CHANGED if delta else WRITE, turn)
-            for rest in share.bulk.rest:
-                sums.append((rest.name, self._shared.write(rest.name, rest.box, rest.source, turn, delta)))
-        return sums if self._local_counts else [(move.name, self._sum(move)) for move in share.counted]
+    def _offer(self, start: float) -> Published:
+        """Publish to engines of this rank's own device."""
+        sums, nbytes, offers = [], 0, self._exports.offer()
+        for name, piece in self._owned:
+            values = view(self._weights, piece.box, piece.spot()).to(self._dtype)
+            sums.append((name, checksum(values, piece.box, self._layout.tensors[name].shape)))
+            nbytes += values.nbytes
+        return Published(nbytes, time.perf_counter() - start, _by_name(sums), {}, offers)
+
+    def _held(self, layout: Layout) -> Layout:
+        """This rank's part."""
+        return only(layout, places=[f"rank-{self._model.world.rank}"])
+
+    def _write(self, share: _Share, turn: int, delta: bool, alone: bool) -> list[tuple[str, int]]:
+        """Write a share; (tensor, checksum) of each part. alone: no other one follows, whose blocks lie between."""
+        if share.bulk is None:
+            return []
+        progress, rest = self._shared.progress, share.bulk.rest
+        reached = [*share.bulk.starts, progress.blocks] if alone else [0] * (len(rest) + 1)
+        pace = progress.writing(self._slot, turn, reached[0]) if self._tells else None
+        sums = share.bulk.run(WRITE_CHANGED if delta else WRITE, turn, pace).sums
+        for transfer, blocks in zip(rest, reached[1:], strict=True):
+            written = self._shared.write(transfer.name, transfer.box, transfer.source, turn, delta)
+            sums.append((transfer.name, written))
+            if self._tells:
+                progress.reach(self._slot, turn, blocks)
+        return sums
 
     def _transfer(self, move: Move) -> Transfer:
         shared = self._shared
@@ -197,3 +245,7 @@ class Publisher:
     def outgoing(self, node: str, message: int, delta: bool = False) -> np.ndarray:
         """uint8 [bytes]: one of the messages that `connect` announced, of the weights as they are now."""
         return self._senders[node][message].message(delta)
+
+
+def _by_name(sums: Iterable[tuple[str, int]]) -> dict[str, int]:
+    return combine({name: part} for name, part in sums)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from raytron.models.adapters import resolve_lora
 from raytron.models.base import ShardedModel
 from raytron.models.kernels import KEYS
 from raytron.parallel.collectives import World
+from raytron.parallel.device_memory import identity
+from raytron.parallel.progress import WriterGone
 
 __all__ = ["NativeEngine", "end_tokens", "engine_arch", "engine_parallel", "load_model", "model_dtype"]
 
@@ -382,7 +384,7 @@ class NativeEngine:
         if mode == "abort":
             outputs = self.abort(list(self._requests))
         elif mode == "wait":
-            while self._scheduler.running:
+            while self._scheduler.running and not self._mixed:
                 outputs += self._step(admit=False)
         elif mode != "keep":
             raise ValueError(f"pause mode {mode!r}; expected 'keep', 'wait' or 'abort'")
@@ -394,6 +396,11 @@ class NativeEngine:
         if self._updating:
             raise RuntimeError("a weight update is under way; finish it first")
         self._paused = False
+
+    @property
+    def _mixed(self) -> bool:
+        """Whether the weights are not those of one version: nothing may be computed with them."""
+        return bool(self._stale or (self._updating and self._touched))
 
     def start_weight_update(self, mode: PauseMode = "keep") -> list[Output]:
         """See `Engine.start_weight_update`."""
@@ -418,21 +425,37 @@ class NativeEngine:
                 if isinstance(weights, str):
                     self.runner.update_from(weights)
                 else:
-                    self.confirmed = confirm(self.runner.take(weights.path, weights.turn), weights)
+                    self.confirmed = self._take(weights)
                 self._touched = set(self.runner.names())
             else:
                 self.runner.update(weights)
                 self._touched |= set(weights)
+        except WriterGone:  # nothing is wrong here: requests wait, with the update under way, for the next push
+            raise
         except Exception as error:  # a damaged file is as bad as a wrong shape
             self._fail(str(error))
             raise
+
+    def _take(self, pushed: Pushed) -> int:
+        """Take a push; `confirmed` of it."""
+        if pushed.offers:
+            return confirm(self.runner.copy(pushed.offers), pushed)
+        sums = self.runner.take(pushed.path, pushed.turn)
+        if pushed.checksums is None:
+            pushed = replace(pushed, checksums=self.runner.written(pushed.path, pushed.turn))
+        return confirm(sums, pushed)
+
+    @property
+    def device(self) -> str:
+        """`device_memory.identity` of where all weights are; "" where they are on several devices, or on the CPU."""
+        return identity(self.model.weights.device) if self.model.world.mesh.size == 1 else ""
 
     def verify(self, pushed: Pushed) -> int:
         """`confirmed` of what the engine holds now, whatever it has been told.
 
         Raises WeightUpdateError naming a tensor that is not as it was pushed.
         """
-        return confirm(self.runner.take(pushed.path, None), pushed)
+        return confirm(self.runner.take(pushed.path, None) if pushed.path else self.runner.sums(), pushed)
 
     def finish_weight_update(self, version: int) -> None:
         """See `Engine.finish_weight_update`."""
@@ -456,6 +479,7 @@ class NativeEngine:
     def stats(self) -> Stats:
         """See `Engine.stats`."""
         scheduler = self._scheduler
+        stale = self._stale or ("its last push was not finished" if self._updating and "?" in self._touched else None)
         return Stats(
             running=len(scheduler.running),
             waiting=scheduler.waiting,
@@ -464,7 +488,7 @@ class NativeEngine:
             preemptions=scheduler.preemptions,
             version=self.version,
             paused=self._paused,
-            health=f"stale: {self._stale}" if self._stale else "ready",
+            health=f"stale: {stale}" if stale else "ready",
             **self._counters,
         )
 

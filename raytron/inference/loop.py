@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from raytron.inference.types import Engine, Output, PauseMode, Pushed, Request, Stats
+from raytron.parallel.progress import WriterGone
 
 __all__ = ["EngineFailed", "EngineLoop", "Overloaded"]
 
@@ -195,7 +196,8 @@ class EngineLoop:
         old ones are no longer whole by then, it answers nothing (`EngineFailed`) until an update succeeds.
         """
         folder = Path(weights if isinstance(weights, str) else weights.path)
-        if not any(folder.joinpath(f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        there = isinstance(weights, Pushed) and bool(weights.offers)
+        if not there and not any(folder.joinpath(f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
             raise ValueError(f"{folder}: no model.safetensors or model.safetensors.index.json there")
         done = self._promise()
         return await self._kept(done, lambda: self._updates.append((weights, mode, version, done)))
@@ -324,6 +326,8 @@ class EngineLoop:
             self._deliver(self.engine.start_weight_update("keep" if mode == "wait" else mode))
             self.engine.update_weights(weights)
             self.engine.finish_weight_update(version)
+        except WriterGone as error:  # requests wait for the next push
+            done.set_exception(error)
         except Exception as error:
             done.set_exception(error)
             if (health := self.engine.stats().health) != "ready":  # else nothing was changed: it goes on as it was

@@ -11,7 +11,7 @@ Legend: T tokens of the step, S rows of the block tables, W rows of logits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,10 @@ from raytron.inference.types import WeightUpdateError
 from raytron.models import load_weights
 from raytron.models.base import ShardedModel, rank_name
 from raytron.models.layers.cache import PagedSequences, block_bytes, make_caches
-from raytron.parallel.layout import only
+from raytron.parallel.checksum import checksums
+from raytron.parallel.device_memory import Offer, take
+from raytron.parallel.layout import only, owners
+from raytron.parallel.progress import WriterGone
 from raytron.parallel.shared import SharedReader
 
 __all__ = ["Runner", "Step"]
@@ -113,12 +116,26 @@ class Runner:
         Every rank copies its own boxes. turn: None copies nothing.
 
         Raises WeightUpdateError if a rank could not, or holds another copy of a tensor than it should.
+        Raises WriterGone if the push was not finished.
         """
         number = _SUMS_ONLY if turn is None else turn
         if self.world.mesh.size > 1:
             text = np.frombuffer(path.encode(), dtype=np.uint8).astype(np.int32)
             self._tell(_TAKE, (number,), text)
         return self._take(path, number)
+
+    def written(self, path: str, turn: int) -> dict[str, int]:
+        """Checksums that the writers of a push have left there. Rank 0. Raises WriterGone if it was not finished."""
+        return self._from(path).shared.progress.sums(turn)
+
+    def copy(self, offers: Sequence[Offer]) -> dict[str, int]:
+        """All weights, out of the memory of ranks on this GPU; checksums of what is held. A rank without others."""
+        self._forget()
+        return take(offers, self._held, rank_name(self.world.rank), self.model.weights)
+
+    def sums(self) -> dict[str, int]:
+        """Checksums of what is held now. A rank without others."""
+        return checksums(owners(self._held), {(rank_name(self.world.rank), "weights"): self.model.weights})
 
     def stop(self) -> None:
         """Let the other ranks leave `follow`. Rank 0."""
@@ -170,7 +187,7 @@ class Runner:
             return
         try:
             self._load(text) if kind == _PATH else self._take(text, number)
-        except WeightUpdateError:
+        except (WeightUpdateError, WriterGone):
             log.exception("rank %d could not load %s", self.world.rank, text)
 
     # The work itself, every rank
@@ -245,16 +262,21 @@ class Runner:
             raise WeightUpdateError(problem or f"another rank could not load {path}; its log says why")
 
     def _take(self, path: str, turn: int) -> dict[str, int]:
-        names, problem, sums = list(self._specs()), None, {}
+        names, problem, gone, sums = list(self._specs()), None, None, {}
         try:
             sums = self._from(path).take(None if turn == _SUMS_ONLY else turn)
         except (ValueError, OSError) as error:
             problem = str(error)
+        except WriterGone as error:
+            gone = str(error)
         # Sums of disjoint shares add up modulo 2^64, which is how signed 64-bit integers add up.
-        told = np.array([sums.get(name, 0) for name in names] + [problem is not None], dtype=np.uint64).view(np.int64)
-        told = self.world.axis("world").all_reduce_(torch.from_numpy(told)).numpy().view(np.uint64).tolist()
-        if told.pop():
+        told = [sums.get(name, 0) for name in names] + [problem is not None, gone is not None]
+        told = torch.from_numpy(np.array(told, dtype=np.uint64).view(np.int64))
+        *told, failed, unfinished = self.world.axis("world").all_reduce_(told).numpy().view(np.uint64).tolist()
+        if failed:
             raise WeightUpdateError(problem or f"another rank could not take {path}; its log says why")
+        if unfinished:
+            raise WriterGone(gone or f"push {turn} was given up while another rank took it")
         return dict(zip(names, told, strict=True))
 
     def _from(self, path: str) -> SharedReader:

@@ -13,9 +13,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from raytron.config import Typed
+
+if TYPE_CHECKING:
+    from raytron.parallel.device_memory import Offer
 
 __all__ = [
     "Collector",
@@ -143,12 +146,14 @@ class Pushed:
     """New weights in the shared directory of a node (`raytron.parallel.shared`), and proof that they are the trainer's.
 
     path: of the directory. turn: number of the push that wrote it last. checksums: canonical name -> what the tensor
-    must sum to (`raytron.parallel.checksum`).
+    must sum to (`raytron.parallel.checksum`); None while the push is being written: the writers leave theirs there.
+    offers: instead of a directory, the memory of ranks on the engine's own GPU (`raytron.parallel.device_memory`).
     """
 
     path: str
     turn: int
-    checksums: Mapping[str, int]
+    checksums: Mapping[str, int] | None
+    offers: Sequence[Offer] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +248,8 @@ class Engine(Protocol):
 
         A push is taken from the node's shared memory, and its checksums are held against what the engine has then.
         Raises WeightUpdateError for an unknown name, another shape, or another checksum, naming the tensor.
+        Raises WriterGone for a push that its writers did not finish; the update stays under way then, and the engine
+        waits, paused, for the next one.
         """
 
     def finish_weight_update(self, version: int) -> None:

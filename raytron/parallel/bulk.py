@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +21,12 @@ from torch import Tensor
 from raytron.parallel.boxes import Box
 from raytron.parallel.checksum import as_words, word_weights
 from raytron.parallel.compiled import load
+from raytron.parallel.progress import Pace
 
-__all__ = ["TAKE", "WRITE", "WRITE_CHANGED", "Bulk", "Transfer"]
+__all__ = ["LATE", "TAKE", "WRITE", "WRITE_CHANGED", "Bulk", "Carried", "Transfer"]
 
 WRITE, WRITE_CHANGED, TAKE = range(3)
+DONE, GIVEN_UP, LATE = range(3)
 _PART = np.dtype([("job", np.int64), ("row", np.int64), ("stop", np.int64), ("block", np.int64)])
 
 
@@ -47,15 +50,24 @@ class Transfer:
     summed: bool = True
 
 
+class Carried(NamedTuple):
+    """What `Bulk.run` did. sums: (name, checksum) of the transfers that are summed. different: names of the others
+    whose two sides differ. status: not 0 if it stopped half-way: a push was given up, or came too late (`LATE`)."""
+
+    sums: list[tuple[str, int]]
+    different: list[str]
+    status: int
+
+
 @functools.cache
-def _function() -> Callable[..., None] | None:
+def _function() -> Callable[..., int] | None:
     library = load(Path(__file__).with_name("bulk.c"), "moving weights")
     if library is None:
         return None
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     function = library.rt_carry_out
-    function.argtypes = [pointer, number, pointer, number, pointer, number, ctypes.c_int, ctypes.c_int]
-    function.restype = None
+    function.argtypes = [pointer, number, pointer, number, pointer, number, ctypes.c_int, ctypes.c_int, pointer]
+    function.restype = ctypes.c_int
     return function
 
 
@@ -67,7 +79,7 @@ class Bulk:
         turns: int64, of all blocks.
 
     Attributes:
-        rest: those that are the caller's to make.
+        rest: those that are the caller's to make, in the order of their first blocks, `starts`.
     """
 
     def __init__(
@@ -76,17 +88,20 @@ class Bulk:
         blocks: Callable[[str, Box], Iterable[tuple[int, Box]]],
         turns: np.ndarray,
     ) -> None:
-        self.rest: list[Transfer] = []
         self._turns, self._transfers, jobs, parts, self._kept = turns, [], [], [], []
+        rest: list[tuple[int, Transfer]] = []
         for transfer in transfers:
             spans = list(blocks(transfer.name, transfer.box))
             views = _views(transfer, len(spans)) if _function() else None
             if views is None:
-                self.rest.append(transfer)
+                rest.append((spans[0][0], transfer))
                 continue
             self._transfers.append(transfer)
             parts += [(len(jobs), *rows, block) for block, rows in _rows(transfer, views[0].shape[0], spans)]
             jobs.append(self._job(transfer, *views))
+        rest.sort(key=lambda pair: pair[0])
+        self.starts, self.rest = [start for start, _ in rest], [transfer for _, transfer in rest]
+        parts.sort(key=lambda part: part[-1])
         self._jobs, self._parts = (_Job * len(jobs))(*jobs), np.array(parts, dtype=_PART)
 
     def _job(self, transfer: Transfer, to: Tensor, source: Tensor) -> _Job:
@@ -97,15 +112,15 @@ class Bulk:
             weights = [array.ctypes.data for array in arrays]
         return _Job(to.data_ptr(), source.data_ptr(), *weights, to.shape[1], to.stride(0), source.stride(0))
 
-    def run(self, mode: int, turn: int) -> tuple[list[tuple[str, int]], list[str]]:
-        """Make them all but the rest: (name, checksum) of those that are summed, and names of the others that differ.
+    def run(self, mode: int, turn: int, pace: Pace | None = None) -> Carried:
+        """Make them all but the rest, in the order of their blocks.
 
         WRITE copies and marks blocks with `turn`, WRITE_CHANGED those only that differ; TAKE copies blocks that are
-        marked later than `turn`. Sums are of the sources when writing, and of what is there then when taking.
+        marked later than `turn`, each once `pace` lets it. Sums are of what is there then.
         """
+        parts, status = self._parts, DONE
         if self._transfers:
-            parts, threads = self._parts, torch.get_num_threads()
-            _function()(
+            status = _function()(
                 ctypes.addressof(self._jobs),
                 len(self._jobs),
                 parts.ctypes.data,
@@ -113,11 +128,12 @@ class Bulk:
                 self._turns.ctypes.data,
                 turn,
                 mode,
-                threads,
+                torch.get_num_threads(),
+                None if pace is None else ctypes.addressof(pace),
             )
         done = list(zip(self._transfers, self._jobs, strict=True))
         sums = [(transfer.name, job.sum) for transfer, job in done if transfer.summed]
-        return sums, [transfer.name for transfer, job in done if job.differs]
+        return Carried(sums, [transfer.name for transfer, job in done if job.differs], status)
 
 
 def _views(transfer: Transfer, blocks: int) -> tuple[Tensor, Tensor] | None:

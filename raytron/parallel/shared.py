@@ -6,8 +6,13 @@ it. There is one copy a node, not one a worker.
 
 Tensors are cut into *blocks*, runs of rows of about a megabyte, and the file `turns` keeps for each the number of the
 push that last changed it. A reader remembers the last push it took, and copies newer blocks only, however many pushes
-it missed: a delta needs no agreement on what it is relative to. Checksums are taken block by block, while a block is in
-the core's cache.
+it missed: a delta needs no agreement on what it is relative to. Both sides go through blocks in the order of the file,
+and a reader may follow right behind the writers (`progress`). Checksums are taken of words on their way (`bulk`).
+
+What a push of n bytes costs: a writer reads n and writes n, past the cache, and so does a reader, 4 n in all; a delta
+without any change 3 n: the writer reads its own and what is there, the reader what it has. A copy moves 3 n too: lines
+are read before they are overwritten. So a push takes 4/3 of a copy at least where both sides share their cores, and 2/3
+where each has its own.
 
 Rejected: messages to every engine (a copy each, and nothing for vLLM to read), mapping the engine's own weights (vLLM
 has packed them, and an engine would be written to while it runs), a bitmap of changed blocks (cleared when?).
@@ -29,18 +34,19 @@ import torch
 from torch import Tensor
 
 from raytron.parallel.boxes import Box, whole
-from raytron.parallel.bulk import TAKE, Bulk, Transfer
+from raytron.parallel.bulk import LATE, TAKE, Bulk, Transfer
 from raytron.parallel.checksum import checksum, combine
 from raytron.parallel.file_layout import PREFIX, file_layout, file_order, header_bytes, read_header
 from raytron.parallel.layout import Layout, Move, Place, Spec, only, owners, plan
 from raytron.parallel.pieces import Spot
+from raytron.parallel.progress import Progress
 from raytron.parallel.storage import Buffers, as_integers, copy_, find, torch_dtype, view
 
 __all__ = ["FILE", "SharedDirectory", "SharedReader", "SharedWeights"]
 
 FILE = "model.safetensors"
 BLOCK = 1 << 20  # bytes
-_STEM, _TURNS, _OWNER = "raytron-weights-", "turns", "owner"
+_STEM, _TURNS, _PROGRESS, _OWNER = "raytron-weights-", "turns", "progress", "owner"
 _NEVER = -1  # the push a reader took last, when it took none: blocks that were never pushed count as of push 0
 _FOREVER = 2**62
 
@@ -53,12 +59,15 @@ class SharedDirectory:
         tensors: canonical names and what is kept of them; zero at first.
         files: further files by name, such as config.json.
         fallback: where it goes when /dev/shm has no room for it.
+        writers: how many will say how far they are (`progress`), so that readers may follow them.
 
     Attributes:
         path: of the directory; a new name each time.
     """
 
-    def __init__(self, tensors: Mapping[str, Spec], files: Mapping[str, bytes], fallback: str | os.PathLike) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Spec], files: Mapping[str, bytes], fallback: str | os.PathLike, writers: int = 0
+    ) -> None:
         parent = _parent(sum(spec.nbytes for spec in tensors.values()), Path(fallback))
         _sweep(parent)
         made = parent / f".{_STEM}{uuid.uuid4().hex}"
@@ -73,6 +82,7 @@ class SharedDirectory:
             header = header_bytes(tensors, {"format": "pt"})
             _allocate(made / FILE, header, len(header) + sum(spec.nbytes for spec in tensors.values()))
             _allocate(made / _TURNS, b"", 8 * max(1, sum(_Blocks.of(spec).count for spec in tensors.values())))
+            _allocate(made / _PROGRESS, b"", Progress.size(writers, len(tensors)))
             made.rename(self.path)  # with its owner's lock already on it
         except BaseException:
             _remove(str(made), lock)
@@ -143,6 +153,7 @@ class SharedWeights:
     Attributes:
         specs: canonical name -> Spec. layout: of the file, version 0. flat: name -> its elements, 1-D, in C order.
         turns: int64, for every block of all tensors the number of the push that last changed it.
+        progress: of the writers.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -157,6 +168,7 @@ class SharedWeights:
         self._blocks = {name: _Blocks.of(spec) for name, spec in header.specs.items()}
         ends = np.cumsum([blocks.count for blocks in self._blocks.values()])
         self._first = dict(zip(self._blocks, [0, *ends.tolist()], strict=False))
+        self.progress = Progress(_mapped(Path(path) / _PROGRESS), list(self.specs), int(ends[-1]) if len(ends) else 0)
 
     @property
     def nbytes(self) -> int:
@@ -284,25 +296,30 @@ class SharedReader:
         """Copy what pushes have changed since the last time, up to `turn`; checksums of what is held now.
 
         A sum is of this rank's share: what several ranks hold counts on one, and is compared bit by bit on the others.
-        Of frozen tensors that were taken before it is the sum of then. turn: None copies nothing and sums up all.
+        Of frozen tensors that were taken before it is the sum of then. turn: None copies nothing and sums up all. A
+        push that is still being written is followed, block by block.
 
         Raises:
             ValueError: such a copy differs; names the tensor.
+            WriterGone: the push was not finished; what is held is a mixture, and the next one is taken whole.
         """
         since = _FOREVER if turn is None else self._turn
         if turn is not None:
             self._turn = _NEVER  # until all of it has come
-        sums = self._run(self._changing, since)
+        sums = self._run(self._changing, since, turn)
         if turn is None or since == _NEVER:
-            self._frozen_sums = self._run(self._frozen, since)
+            self._frozen_sums = self._run(self._frozen, since, turn)
         if turn is not None:
             self._turn = turn
         return combine({name: value} for name, value in (*sums, *self._frozen_sums))
 
-    def _run(self, bulk: Bulk, since: int) -> list[tuple[str, int]]:
-        sums, different = bulk.run(TAKE, since)
+    def _run(self, bulk: Bulk, since: int, turn: int | None) -> list[tuple[str, int]]:
+        progress = self.shared.progress
+        sums, different, status = bulk.run(TAKE, since, None if turn is None else progress.taking(turn))
+        if status:
+            raise progress.gone(turn, late=status == LATE)
         for transfer in bulk.rest:
-            self._take(transfer, since, sums, different)
+            self._take(transfer, since, turn, sums, different)
         if different:
             raise ValueError(f"{different[0]}: {self._place} holds other values than were pushed")
         return sums
@@ -311,10 +328,14 @@ class SharedReader:
         """What is held has been changed by others: copy everything the next time."""
         self._turn = _NEVER
 
-    def _take(self, transfer: Transfer, since: int, sums: list[tuple[str, int]], different: list[str]) -> None:
+    def _take(
+        self, transfer: Transfer, since: int, turn: int | None, sums: list[tuple[str, int]], different: list[str]
+    ) -> None:
         name, box, shape = transfer.name, transfer.box, transfer.shape
         for block, part in self.shared.blocks(name, box):
             mine, theirs = _rows(transfer.to, part, box), _rows(transfer.source, part, box)
+            if turn is not None:
+                self.shared.progress.wait(turn, block + 1)
             if self.shared.turns[block] > since:
                 copy_(mine, theirs)
             if transfer.summed:

@@ -178,10 +178,15 @@ class PolicyTask(_Task):
             self.model.weights.copy_(mine)
 
     def connect_publisher(
-        self, directories: Mapping[str, str], nodes: Sequence[str], dtype: str, adapters: bool = False
+        self,
+        directories: Mapping[str, str],
+        nodes: Sequence[str],
+        dtype: str,
+        adapters: bool = False,
+        consumers: Mapping[int, str] | None = None,
     ) -> Outgoing:
         """See `Publisher.connect`."""
-        return self._publisher.connect(directories, nodes, dtype, adapters)
+        return self._publisher.connect(directories, nodes, dtype, adapters, consumers)
 
     def publish(self, turn: int, delta: bool = False) -> Published:
         """See `Publisher.publish`."""

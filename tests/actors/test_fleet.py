@@ -45,6 +45,12 @@ class Lives(RuleBasedStateMachine):
                 assert (engine in self.fleet.ready) == (version == self.fleet.current)
 
     @rule(data=st.data())
+    def lose_the_trainer(self, data) -> None:
+        if (engine := self.some(data, Health.STALE, Health.READY)) is not None:
+            self.fleet.mixed(engine)
+            assert engine not in self.fleet.ready
+
+    @rule(data=st.data())
     @precondition(lambda self: not self.fleet.hopeless)
     def die(self, data) -> None:
         if (engine := self.some(data, Health.STARTING, Health.STALE, Health.READY)) is not None:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from raytron.actors import ActorGroup, LocalTrainer, RolloutGroup, Session, WeightSync
+from raytron.actors import ActorGroup, LocalTrainer, RolloutGroup, Session, WeightSync, WorkerError
+from raytron.actors.fleet import Health
 from raytron.config import EngineConfig
 from raytron.inference import SamplingParams, WeightUpdateError
 from raytron.models import build
@@ -290,6 +291,39 @@ def test_an_engine_that_dies_or_hangs_at_a_push_does_not_stop_the_others(cluster
             await sync.close()
 
     run(main)
+
+
+@pytest.mark.slow
+def test_a_trainer_that_dies_half_way_leaves_engines_stale_until_another_push(cluster: Session, folder):
+    """Nobody is started again, and what they were asked is answered, by weights of one version at a time."""
+
+    async def main(trainer: ActorGroup) -> None:
+        async with RolloutGroup([config(folder)], EACH, start=rollouts.halting) as group:
+            sync = WeightSync(group, trainer)
+            trainer.call("train", 1)
+            await sync.push(1)
+            params = SamplingParams(temperature=1.0, seed=5, max_tokens=9, ignore_eos=True)
+            answer = asyncio.ensure_future(group.generate(PROMPT, params))
+            while (await group.stats())[0].generated_tokens < rollouts.HALT:
+                await asyncio.sleep(0)
+            with pytest.raises(WorkerError):
+                await sync.push(2)
+            assert group.fleet.of(Health.STALE) == (0,)
+            assert (await group.stats())[0].health == "stale: its last push was not finished"
+            assert trainer.regroup() == (0,)
+            trainer.create(rollouts.Trains)
+            trainer.call("train", 3)
+            await sync.reset()
+            assert (await sync.push(3)).checksum == sum_of(3) == await sync.verify()
+            await group.resume()
+            assert (await answer).versions.tolist() == [1] * rollouts.HALT + [3] * (9 - rollouts.HALT)
+            assert group.fleet.failures == 0
+            assert await versions(group) == [3]
+            await sync.close()
+
+    with ActorGroup(Mesh(), EACH) as trainer:
+        trainer.create(rollouts.Dying)
+        run(lambda: main(trainer))
 
 
 @pytest.mark.slow

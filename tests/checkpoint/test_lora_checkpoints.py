@@ -133,9 +133,9 @@ def test_adapters_do_not_go_on_beside_another_model(tmp_path: Path):
 def directory(tmp_path: Path):
     made = []
 
-    def make(lora: LoRAConfig = LORA) -> SharedDirectory:
+    def make(lora: LoRAConfig = LORA, writers: int = 0) -> SharedDirectory:
         tensors = build(replace(ARCH, lora=lora), device="meta").layout().tensors
-        made.append(SharedDirectory(tensors, {}, tmp_path))
+        made.append(SharedDirectory(tensors, {}, tmp_path, writers))
         return made[-1]
 
     yield make
@@ -230,12 +230,12 @@ def test_an_engine_with_adapters_confirms_all_it_holds(directory, tmp_path: Path
     config = {"path": str(tmp_path / "model"), "kv_cache_mb": 2, "threads": 1}
     engine = NativeEngine(EngineConfig(**config, weights="await", lora=LORA))
     (trainer,) = ranks_of(Mesh())
-    side = Side([trainer], {"a": directory().path}, adapters=True)
+    side = Side([trainer], {"a": directory(writers=1).path}, adapters=True)
     for seed in (1, 2):
         trains([trainer], seed)
         side.push()
         engine.start_weight_update()
-        engine.update_weights(side.pushed("a"))
+        engine.update_weights(Pushed(side.paths["a"], side.turn, None))  # by the sums that are beside it
         engine.finish_weight_update(seed)
         assert torch.equal(engine.model.weights, trainer.weights)
         assert engine.confirmed == engine.verify(side.pushed("a"))

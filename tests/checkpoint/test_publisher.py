@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from raytron.inference import NativeEngine, Pushed, Request, SamplingParams, Wei
 from raytron.models import build, from_pretrained
 from raytron.models.arch import DecoderConfig
 from raytron.models.base import ShardedModel
-from raytron.parallel import Mesh, World
+from raytron.parallel import Mesh, World, device_memory, shared
 from raytron.parallel.changes import Receiver
-from raytron.parallel.checksum import combine
+from raytron.parallel.checksum import combine, fold
 from raytron.parallel.layout import only, retype
+from raytron.parallel.progress import WriterGone
 from raytron.parallel.shared import SharedDirectory, SharedReader, SharedWeights
 from raytron.parallel.storage import view
 from tests.checkpoint.engines import ARCHS
@@ -42,9 +44,9 @@ def train(models: list[ShardedModel], seed: int) -> None:
 def directory(tmp_path) -> Callable[..., SharedDirectory]:
     made = []
 
-    def make(arch: DecoderConfig, dtype: str) -> SharedDirectory:
+    def make(arch: DecoderConfig, dtype: str, writers: int = 0) -> SharedDirectory:
         tensors = retype(build(arch, device="meta").layout(), dtype).tensors
-        made.append(SharedDirectory(tensors, {}, tmp_path))
+        made.append(SharedDirectory(tensors, {}, tmp_path, writers))
         return made[-1]
 
     yield make
@@ -109,6 +111,32 @@ def test_any_layout_to_any_layout(directory, arch, source: Mesh, target: Mesh, d
         for mine, theirs in zip(engines, wanted, strict=True):
             assert torch.equal(mine.weights, theirs.weights.to(mine.weights.dtype))
     assert side.nbytes == SharedWeights(side.paths["node"]).nbytes
+
+
+@pytest.mark.parametrize("source", LAYOUTS, ids=str)
+@pytest.mark.parametrize("target", [Mesh(), Mesh(tp=2, pp=2)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_engines_that_read_while_ranks_write_hold_the_same(
+    directory, monkeypatch, source: Mesh, target: Mesh, dtype: str
+):
+    """Readers are there before the first rank writes; a fp32 trainer, in both dtypes."""
+    monkeypatch.setattr(shared, "BLOCK", 512)
+    trainers, engines = ranks_of(ARCH, source), ranks_of(ARCH, target, getattr(torch, dtype))
+    made = directory(ARCH, dtype, writers=source.size)
+    side, wanted = Side(trainers, {"node": made}, ["node"] * source.size, dtype), ranks_of(ARCH, target)
+    readers = [
+        SharedReader(made.path, model.layout(), f"rank-{rank}", {(f"rank-{rank}", "weights"): model.weights})
+        for rank, model in enumerate(engines)
+    ]
+    with ThreadPoolExecutor(len(readers)) as pool:
+        for seed, delta in ((1, False), (2, False), (2, True), (3, True)):
+            train([*trainers, *wanted], seed)
+            taking = [pool.submit(reader.take, side.turn + 1) for reader in readers]
+            pushed = side.push(delta)["node"]
+            assert combine(each.result() for each in taking) == pushed.checksums
+            assert SharedWeights(made.path).progress.sums(side.turn) == pushed.checksums
+            for mine, theirs in zip(engines, wanted, strict=True):
+                assert torch.equal(mine.weights, theirs.weights.to(mine.weights.dtype))
 
 
 def nudge(models: list[ShardedModel]) -> None:
@@ -238,3 +266,87 @@ def test_the_directory_is_a_hugging_face_directory(directory, tmp_path):
     save_pretrained(build(ARCH, seed=0), tmp_path / "small")
     (Path(made.path) / "config.json").write_bytes((tmp_path / "small" / "config.json").read_bytes())
     assert torch.equal(from_pretrained(made.path).weights, build(ARCH, seed=5).weights)
+
+
+def test_an_engine_takes_a_push_while_it_is_written(directory, engine):
+    (trainer,) = ranks_of(ARCH, Mesh())
+    side = Side([trainer], {"node": directory(ARCH, "float32", writers=1)}, ["node"], "float32")
+    with ThreadPoolExecutor(1) as pool:
+        for version in (1, 2):
+            train([trainer], version)
+            taking = pool.submit(update, engine, Pushed(side.paths["node"], version, None), version)
+            pushed = side.push()["node"]
+            taking.result()
+            assert engine.confirmed == fold(pushed.checksums) == engine.verify(pushed)
+            assert torch.equal(engine.model.weights, trainer.weights)
+
+
+def test_other_weights_than_the_writers_is_an_error_that_names_the_tensor(directory, engine):
+    (trainer,) = ranks_of(ARCH, Mesh())
+    side = Side([trainer], {"node": directory(ARCH, "float32", writers=1)}, ["node"], "float32")
+    train([trainer], 1)
+    pushed = side.push()["node"]
+    flat = SharedWeights(pushed.path).flat["model.norm.weight"]
+    flat[3] += 1  # after it was written
+    with pytest.raises(
+        WeightUpdateError, match=r"model\.norm\.weight: the engine holds checksum .* the trainer pushed"
+    ):
+        update(engine, Pushed(pushed.path, pushed.turn, None), 1)
+    assert engine.stats().health.startswith("stale: model.norm.weight")
+
+
+def test_a_push_that_is_given_up_stops_the_engine_until_the_next_one(directory, engine):
+    """Requests wait; nothing is computed with weights of two versions, whatever the engine is told."""
+    (trainer,) = ranks_of(ARCH, Mesh())
+    side = Side([trainer], {"node": directory(ARCH, "float32", writers=1)}, ["node"], "float32")
+    train([trainer], 1)
+    update(engine, side.push()["node"], 1)
+    engine.add(Request("a", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)))
+    outputs = engine.step() + engine.step()
+    told = SharedWeights(side.paths["node"]).progress
+    told.reach(0, 2, told.blocks // 2)
+    told.give_up(2)
+    with pytest.raises(WriterGone, match="push 2 was given up"):
+        update(engine, Pushed(side.paths["node"], 2, None), 2)
+    assert engine.stats().health == "stale: its last push was not finished"
+    assert engine.step() == engine.pause("wait") == []
+    assert engine.has_unfinished()
+    with pytest.raises(RuntimeError, match="a weight update is under way"):
+        engine.resume()
+    side.turn = 2
+    train([trainer], 3)
+    pushed = side.push(delta=True)["node"]
+    update(engine, pushed, 3)
+    assert engine.confirmed == engine.verify(pushed)
+    assert engine.stats().health == "ready"
+    while engine.has_unfinished():
+        outputs += engine.step()
+    assert [v for o in outputs for v in o.versions] == [1, 1, 3, 3, 3, 3]
+
+
+def test_an_engine_takes_weights_out_of_memory_on_its_own_device(engine, monkeypatch):
+    """The trainer's side and the engine's, over a table of buffers in the place of CUDA's handles."""
+    table: list[torch.Tensor] = []
+    monkeypatch.setattr(device_memory, "identity", lambda device: "gpu-0")
+    monkeypatch.setattr(device_memory, "_export", lambda buffer: (None, (table.append(buffer), len(table) - 1), b""))
+    monkeypatch.setattr(device_memory, "_import", lambda offer, device: table[offer.memory[1]])
+    trainers, (whole,) = ranks_of(ARCH, Mesh(tp=2)), ranks_of(ARCH, Mesh())
+    publishers = [Publisher(model) for model in trainers]
+    assert [each.connect({}, ["node"] * 2, "float32", False, {0: "gpu-0", 1: "gpu-1"}) for each in publishers] == [
+        {},
+        {},
+    ]
+    for version in (1, 2):
+        train([*trainers, whole], version)
+        parts = [publisher.publish(version) for publisher in publishers]
+        offers = [part.offers[0] for part in parts]
+        assert all(part.offers.keys() == {0} for part in parts)
+        assert device_memory.in_reach(offers, engine.model.layout(), "gpu-0")
+        pushed = Pushed("", version, combine(part.checksums for part in parts), offers)
+        update(engine, pushed, version)
+        assert torch.equal(engine.model.weights, whole.weights)
+        assert engine.confirmed == fold(pushed.checksums) == engine.verify(pushed)
+        assert sum(part.nbytes for part in parts) == sum(s.nbytes for s in whole.layout().tensors.values())
+    engine.model.weights[5] += 1
+    with pytest.raises(WeightUpdateError, match=r"\.weight: the engine holds checksum"):
+        engine.verify(pushed)
