@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
+import torch
 
-from raytron.config import TrainConfig
+from raytron.config import LoRAConfig, TrainConfig
 from raytron.parallel.layout import CoverageError
 from raytron.parallel.mesh import Mesh
 from raytron.training import StepResult
@@ -238,6 +239,47 @@ def test_weights_that_were_not_gathered_are_not_trained_on():
     crew.conclude([crew.seating.places[1]])
     with pytest.raises(AssertionError, match="two versions: the task has to be reshaped first"):
         step_of("untied")(crew.ranks[0])
+
+
+@apart
+def test_adapters_move_with_what_they_are_beside():
+    arch, mesh = ARCHS["untied"].replace(lora=LoRAConfig(rank=3, alpha=6)), Mesh(dp=2, tp=2)
+    calm, struck = Crew(Mesh(), chosen_for(Mesh()), arch), Crew(mesh, chosen_for(mesh, twins=True), arch)
+    wanted = [all_of(calm.run(step_of("untied")))[0].loss for _ in range(4)]
+    all_of(struck.run(step_of("untied")))
+    struck.strike(step_of("untied"), 1, "update")
+    lost = [struck.seating.places[1]]
+    struck.move(seat(struck.config, arch, struck.seating, frozenset(lost), Mesh(dp=3)), lost)
+    found = [struck.ranks[0].finished[0].loss, *(all_of(struck.run(step_of("untied")))[2].loss for _ in range(2))]
+    assert found == pytest.approx(wanted[1:], rel=1e-9)
+    for crew in (calm, struck):
+        crew.leave()
+
+
+@apart
+def test_a_step_that_was_to_be_skipped_is_skipped_once():
+    """Its vote is passed, and the one that looks for what went bad first vanishes."""
+    calm, struck = (Crew(Mesh(dp=2), chosen_for(Mesh(), twins=True), ARCHS["untied"]) for _ in range(2))
+    for crew in (calm, struck):
+        all_of(crew.run(step_of("untied")))
+        hooks = [t.engine.model.trained[0].param.register_hook(lambda grad: grad * torch.nan) for t in crew.ranks]
+        if crew is calm:
+            assert {result.skipped for result in all_of(crew.run(step_of("untied")))} == {"non-finite"}
+        else:
+            crew.strike(step_of("untied"), 1, "voted")
+        for hook in hooks:
+            hook.remove()
+    lost, spare = [struck.seating.places[1]], struck.name()
+    assert struck.conclude(lost).whole
+    assert [result.skipped for result in struck.ranks[0].finished] == ["non-finite"]
+    struck.move(seat(struck.config, struck.arch, struck.seating, frozenset(lost), Mesh(dp=2), [spare]), lost)
+    for crew in (calm, struck):
+        all_of(crew.run(step_of("untied")))
+    assert [task.engine.record for task in struck.ranks] == [task.engine.record for task in calm.ranks]
+    assert struck.ranks[0].engine.counters.nan_steps == 1
+    assert state(struck) == state(calm)
+    for crew in (calm, struck):
+        crew.leave()
 
 
 # Pure functions

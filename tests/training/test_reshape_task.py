@@ -85,7 +85,10 @@ def quiet(folder: str) -> tuple[list[float], float]:
     return [record.loss for record in records], held_out.loss
 
 
-@pytest.mark.parametrize("point", ["reduce", "gather", "published"])
+SLOW = (pytest.param(point, marks=pytest.mark.slow) for point in ("reduce", "published"))
+
+
+@pytest.mark.parametrize("point", ["gather", *SLOW])
 @apart
 def test_a_task_goes_on_with_the_samples_that_are_next(point, tmp_path):
     losses, held_out = quiet(str(tmp_path))
@@ -139,6 +142,7 @@ def test_a_save_cut_short_is_told_and_the_next_one_is_whole(tmp_path):
     close(tasks)
 
 
+@pytest.mark.slow
 @apart
 def test_with_nothing_saved_a_task_restarts_from_the_beginning(tmp_path):
     losses, _ = quiet(str(tmp_path))
