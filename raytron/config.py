@@ -412,6 +412,11 @@ class ScalingConfig(Typed):
         """(min, max) ranks."""
         return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
 
+    @property
+    def gpus_per_worker(self) -> float:
+        """GPUs of a rank."""
+        return (self.resources_per_worker or {}).get("GPU", float(self.use_gpu))
+
 
 @dataclass(frozen=True)
 class EngineConfig(Typed):
@@ -449,6 +454,8 @@ class EngineConfig(Typed):
     temperature, penalties and filters."""
     weights: Literal["read", "await"] = "read"
     """await: start without reading any; nothing is answered before a first update has brought all of them."""
+    sleep_mode: bool = False
+    """vLLM on a GPU: be able to give memory back while others compute (`Engine.sleep`); the native engine always is."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters beside the model's weights; the native engine only."""
 

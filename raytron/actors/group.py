@@ -29,7 +29,7 @@ from ray.util.placement_group import remove_placement_group
 from raytron.actors.calls import Calls
 from raytron.actors.devices import share
 from raytron.actors.members import Chair, Member, ended, ready, survey
-from raytron.actors.placement import Placement, place
+from raytron.actors.placement import Berth, Placement, place
 from raytron.actors.worker import Where, Worker
 from raytron.parallel.mesh import Mesh
 
@@ -110,6 +110,14 @@ class ActorGroup:
     def where(self) -> tuple[Where, ...]:
         """Where each rank runs."""
         return tuple(member.where for member in self.members)
+
+    @property
+    def berths(self) -> tuple[Berth, ...]:
+        """The ranks' seats, for actors that take turns with them."""
+        return tuple(
+            Berth(member.chair.group, member.chair.seat.bundle, member.where.node, member.devices.used)
+            for member in self.members
+        )
 
     def create(
         self, factory: Callable[..., Any], *args: Any, ranks: Sequence[int] | None = None, **kwargs: Any

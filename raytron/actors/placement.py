@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raytron.parallel.mesh import Mesh
 
 __all__ = [
+    "Berth",
     "CapacityError",
     "Node",
     "Placement",
@@ -76,6 +77,28 @@ class Seat:
     group: int
     bundle: int
     node: str
+
+
+@dataclass(frozen=True)
+class Berth:
+    """A rank's seat as another actor may share it, which reserves nothing there: the two take turns.
+
+    gpu: id of the GPU that is used there. sharing: how many share the seats of that node.
+    """
+
+    group: PlacementGroup
+    bundle: int
+    node: str
+    gpu: str | None = None
+    sharing: int = 1
+
+    def options(self) -> dict:
+        """Ray's options of an actor that shares it."""
+        return {
+            "num_cpus": 0,
+            "num_gpus": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, self.bundle),
+        }
 
 
 def room(free: Resources, each: Resources) -> int:

@@ -9,10 +9,12 @@ with it, since Ray ends the actors of a dead owner.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,13 +25,14 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytron.actors.devices import Devices, share
-from raytron.actors.worker import Worker
+from raytron.actors.placement import Berth
+from raytron.actors.worker import Worker, cores
 from raytron.config import EngineConfig
 from raytron.inference import Engine, NativeEngine, Stats, make_engine
 from raytron.parallel.collectives import World
 from raytron.parallel.mesh import Mesh
 
-__all__ = ["ReplicaEngine", "bundles", "start_engine"]
+__all__ = ["ReplicaEngine", "berths_for", "bundles", "start_engine"]
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +49,58 @@ def bundles(config: EngineConfig, each: Mapping[str, float]) -> list[dict[str, f
     return [{name: need * config.tp * config.pp / groups for name, need in each.items() if need > 0}] * groups
 
 
-def start_engine(config: EngineConfig, each: Mapping[str, float]) -> Engine:
+def berths_for(engines: Sequence[EngineConfig], beside: Sequence[Berth]) -> list[tuple[Berth, ...]]:
+    """The seats that each engine shares, none where it has its own. ValueError where they do not suffice."""
+    ends = list(itertools.accumulate((config.tp * config.pp for config in engines), initial=0))
+    if not beside:
+        return [()] * len(engines)
+    if ends[-1] > len(beside):
+        raise ValueError(
+            f"{len(engines)} engines of {ends[-1]} ranks in all cannot share the seats of {len(beside)}; ask for fewer "
+            "engines, or for smaller ones"
+        )
+    count = Counter(berth.node for berth in beside[: ends[-1]])
+    seats = [replace(berth, sharing=count[berth.node]) for berth in beside[: ends[-1]]]
+    found = [tuple(seats[start:end]) for start, end in itertools.pairwise(ends)]
+    for config, mine in zip(engines, found, strict=True):
+        if config.engine == "vllm" and len({berth.node for berth in mine}) > 1:
+            raise ValueError(
+                "vLLM has all ranks of an engine on one node, and the trainer ranks whose seats it would share are on "
+                "several; set engine.tp and pp to ranks of one node"
+            )
+    return found
+
+
+def start_engine(config: EngineConfig, each: Mapping[str, float], berths: Sequence[Berth] = ()) -> Engine:
     """The engine of a replica, in the process and placement group that this is called in.
+
+    berths: seats of others that its ranks share, instead of having `each` to themselves.
 
     Raises:
         ValueError: as `make_engine`.
         RuntimeError: a rank did not start.
     """
+    if berths:
+        config = _occupied(config, berths)
     if config.engine == "vllm":
         return make_engine(config)
     if config.tp * config.pp == 1:
-        seat = ("", tuple(map(str, ray.get_runtime_context().get_accelerator_ids().get("GPU", []))))
-        return NativeEngine(config, World.single(share([seat])[0].name))
-    return ReplicaEngine(config, each)
+        gpus = [berth.gpu for berth in berths if berth.gpu is not None] if berths else _granted()
+        return NativeEngine(config, World.single(share([("", tuple(gpus))])[0].name))
+    return ReplicaEngine(config, each, berths)
+
+
+def _granted() -> list[str]:
+    """Ids of the GPUs that Ray has granted this process."""
+    return list(map(str, ray.get_runtime_context().get_accelerator_ids().get("GPU", [])))
+
+
+def _occupied(config: EngineConfig, berths: Sequence[Berth]) -> EngineConfig:
+    """The configuration on seats of others, whose GPUs it is to use, and at its turn all of their node's cores."""
+    here = [berth for berth in berths if berth.node == berths[0].node]
+    if gpus := [berth.gpu for berth in here if berth.gpu is not None]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys(gpus))
+    return replace(config, threads=config.threads or max(1, cores() // berths[0].sharing))
 
 
 class ReplicaEngine(NativeEngine):
@@ -66,10 +108,11 @@ class ReplicaEngine(NativeEngine):
 
     Args:
         each: resources of one rank, by Ray's names.
+        berths: see `start_engine`.
     """
 
-    def __init__(self, config: EngineConfig, each: Mapping[str, float]) -> None:
-        self._followers = _Followers(config, each)
+    def __init__(self, config: EngineConfig, each: Mapping[str, float], berths: Sequence[Berth] = ()) -> None:
+        self._followers = _Followers(config, each, berths)
         try:
             world = self._followers.meet()
             self._followers.follow(world)
@@ -101,13 +144,16 @@ class _Followers:
 
     failure = ""
 
-    def __init__(self, config: EngineConfig, each: Mapping[str, float]) -> None:
+    def __init__(self, config: EngineConfig, each: Mapping[str, float], berths: Sequence[Berth]) -> None:
         self._config, self._mesh = config, Mesh(tp=config.tp, pp=config.pp)
         self._threads = config.threads or max(1, int(each.get("CPU", 1)))
+        self._berths = berths
         self._following: list[ray.ObjectRef] = []
         self._ended = False
         self._workers = [
-            Worker.options(**_seat(each, rank // config.tp), enable_task_events=False).remote(rank)
+            Worker.options(
+                **(berths[rank].options() if berths else _seat(each, rank // config.tp)), enable_task_events=False
+            ).remote(rank)
             for rank in range(1, self._mesh.size)
         ]
 
@@ -115,8 +161,10 @@ class _Followers:
         """Share out devices and threads, and connect; rank 0's seat."""
         where = ray.get([worker.where.remote() for worker in self._workers], timeout=START_S)
         me = ray.get_runtime_context()
-        mine = (me.get_node_id(), tuple(map(str, me.get_accelerator_ids().get("GPU", []))))
+        mine = (me.get_node_id(), tuple(_granted()))
         seats = [mine, *((w.node, w.gpus) for w in where)]
+        if self._berths:
+            seats = [(berth.node, (berth.gpu,) if berth.gpu is not None else ()) for berth in self._berths]
         devices = share(seats)
         nodes = [node for node, _ in seats]
         self._prepare(devices, nodes)

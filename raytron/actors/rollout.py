@@ -1,4 +1,4 @@
-"""Engines for rollouts: actors with an engine each, in placement groups of their own, behind one `await generate(...)`.
+"""Engines for rollouts: actors with an engine each, behind one `await generate(...)`.
 
     generate --+                              +-> engine actor: EngineLoop -> Engine (its other ranks are actors too)
     generate --+-> one message an engine -----+
@@ -10,6 +10,9 @@ seed makes it the same. A dead engine is started again in the background, and is
 current weights (`fleet`). So is one that hangs: it answers its long poll, work or none, or is taken for dead. Requests
 that arrive in one turn of the event loop (a group's samples do) travel together, as do answers; a message costs a
 thousand times what a request in it does.
+
+Engines have placement groups of their own, or they share the seats of a trainer's ranks and take turns with those
+(`sleep`, `wake`). One that dies out of its turn is started again when that has come: before, there is no room for it.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytron.actors.fleet import Balancer, Fleet, Health
-from raytron.actors.placement import CapacityError
-from raytron.actors.replica import bundles, start_engine
+from raytron.actors.placement import Berth, CapacityError
+from raytron.actors.replica import berths_for, bundles, start_engine
 from raytron.actors.rollout_engine import Done, RolloutEngine, Start, Started
 from raytron.config import EngineConfig, FailureConfig
 from raytron.inference import EngineFailed, Pushed, Request, SamplingParams, Stats
@@ -92,6 +95,7 @@ class RolloutGroup:
             exceed the longest step and weight update.
         wait_s: how long to wait for the cluster to grant the engines' placement groups.
         start: makes an actor's engine.
+        beside: seats of a trainer's ranks to share, one for each rank of each engine, instead of placement groups.
 
     Attributes:
         fleet: health and versions of the engines.
@@ -99,7 +103,7 @@ class RolloutGroup:
         on_state: told what an engine does from now on: "generating", "updating", "idle", "restarting" or "lost".
 
     Raises:
-        ValueError: no engines, or a model that cannot be cut to an engine's layout.
+        ValueError: no engines, a model that cannot be cut to an engine's layout, or too few seats to share.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class RolloutGroup:
         timeout_s: float = 600.0,
         wait_s: float = 30.0,
         start: Start = start_engine,
+        beside: Sequence[Berth] = (),
     ) -> None:
         if not engines:
             raise ValueError("a rollout group needs at least one engine")
@@ -126,7 +131,11 @@ class RolloutGroup:
         self.on_state: Callable[[int, str], None] | None = None
         self._updating = [0] * len(engines)
         self._balancer = Balancer(len(engines))
+        self._berths = berths_for(engines, beside)
         self._groups: list[PlacementGroup] = []
+        self._turn = asyncio.Event()  # set while it is theirs
+        self._turn.set()
+        self._sleep_without_weights = False
         self._actors: list[Any] = [None] * len(engines)
         self._started: list[Started | None] = [None] * len(engines)
         self._pending: dict[str, _Pending] = {}
@@ -155,6 +164,8 @@ class RolloutGroup:
         return self
 
     async def _place(self) -> None:
+        if any(self._berths):
+            return
         self._groups = [placement_group(bundles(config, self._each), strategy="PACK") for config in self.configs]
         granted = await asyncio.gather(*(asyncio.to_thread(group.wait, self._wait_s) for group in self._groups))
         if not all(granted):
@@ -166,24 +177,29 @@ class RolloutGroup:
 
     async def _launch(self, engine: int) -> Started:
         """Start the actor of an engine, and the engine in it."""
-        config = self.configs[engine]
-        # An engine of one process per rank has rank 0 here; vLLM runs its ranks itself.
-        mine = bundles(config, self._each)[0] if config.engine == "vllm" else self._each
-        custom = {name: need for name, need in mine.items() if name not in ("CPU", "GPU", "memory")}
-        actor = self._actors[engine] = RolloutEngine.options(
-            num_cpus=mine.get("CPU", 0),
-            num_gpus=mine.get("GPU", 0),
-            memory=mine.get("memory"),
-            resources=custom or None,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._groups[engine], 0),
-            enable_task_events=False,
-        ).remote()
+        config, berths = self.configs[engine], self._berths[engine]
+        options = berths[0].options() if berths else self._options(engine)
+        actor = self._actors[engine] = RolloutEngine.options(**options, enable_task_events=False).remote()
         try:
-            return await asyncio.wait_for(actor.start.remote(config, self._each, self._start), START_S)
+            return await asyncio.wait_for(actor.start.remote(config, self._each, self._start, berths), START_S)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, ValueError | RuntimeError) else error) from None
         except TimeoutError:
             raise RuntimeError(f"rollout engine {engine} did not start within {START_S:g} s") from None
+
+    def _options(self, engine: int) -> dict[str, Any]:
+        """Ray's options of an engine's actor, in its placement group."""
+        config = self.configs[engine]
+        # An engine of one process per rank has rank 0 here; vLLM runs its ranks itself.
+        mine = bundles(config, self._each)[0] if config.engine == "vllm" else self._each
+        custom = {name: need for name, need in mine.items() if name not in ("CPU", "GPU", "memory")}
+        return {
+            "num_cpus": mine.get("CPU", 0),
+            "num_gpus": mine.get("GPU", 0),
+            "memory": mine.get("memory"),
+            "resources": custom or None,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._groups[engine], 0),
+        }
 
     def _run(self, engine: int, started: Started) -> None:
         self._started[engine] = started
@@ -222,7 +238,9 @@ class RolloutGroup:
             if not again:
                 break
             try:
+                await self._turn.wait()
                 started = await self._launch(engine)
+                await self._in_turn(engine)
             except (RayError, ValueError, RuntimeError) as error:
                 reason = f"it did not start again: {_reason(error)}"
                 continue
@@ -231,6 +249,14 @@ class RolloutGroup:
                 await self.on_stale(engine)
             return
         self._dispatch_soon()  # which says so to all that wait, if it was the last
+
+    async def _in_turn(self, engine: int) -> None:
+        """Have an engine that has come up out of its turn sleep until that has come."""
+        if not self._turn.is_set():
+            actor = self._actors[engine]
+            await actor.sleep.remote(self._sleep_without_weights)
+            await self._turn.wait()
+            await actor.wake.remote()
 
     async def close(self) -> None:
         """End the engines and give their seats back; requests under way raise RolloutError. Twice does nothing."""
@@ -294,8 +320,8 @@ class RolloutGroup:
             while self._arrived:
                 self._fail(self._arrived.popleft(), RolloutError(f"no engine is left to answer ({why})"))
         ready = self.fleet.ready
-        if not ready:
-            return  # they wait for an engine that starts, or for its weights
+        if not ready or not self._turn.is_set():
+            return  # they wait for an engine that starts, for its weights, or for its turn
         batches: dict[int, list[Request]] = {}
         while self._arrived:
             pending = self._arrived.popleft()
@@ -402,12 +428,28 @@ class RolloutGroup:
             raise (error.cause or error) from None
 
     async def pause(self, mode: PauseMode = "keep") -> None:
-        """Have no engine compute until `resume`, for a trainer that takes turns with them on the same resources."""
+        """Have no engine compute until `resume`."""
         await self._all("pause", mode)
 
     async def resume(self) -> None:
         """Go on after `pause`."""
         await self._all("resume")
+
+    async def sleep(self, weights: bool = False) -> None:
+        """Have no engine compute until `wake`, and all give back the memory of their caches, to who shares their seats.
+
+        weights: that of their weights too; a push brings them back.
+        """
+        self._turn.clear()
+        self._sleep_without_weights = weights
+        await self._all("sleep", weights)
+
+    async def wake(self) -> None:
+        """Go on after `sleep`; without one nothing happens."""
+        if not self._turn.is_set():
+            await self._all("wake")
+            self._turn.set()
+            self._dispatch_soon()
 
     async def stats(self) -> dict[int, Stats]:
         """Of the engines that run."""

@@ -20,13 +20,14 @@ import numpy as np
 import ray
 
 from raytron.actors.fleet import Progress
+from raytron.actors.placement import Berth
 from raytron.config import EngineConfig
 from raytron.inference import Engine, EngineFailed, EngineLoop, NativeEngine, Output, Pushed, Request, Stats
 from raytron.inference.types import PauseMode
 
 __all__ = ["Done", "RolloutEngine", "Start", "Started"]
 
-Start = Callable[[EngineConfig, Mapping[str, float]], Engine]
+Start = Callable[..., Engine]  # (config, each), and the berths where there are any
 QUEUE = 1 << 30  # requests that may wait in an engine: admission is the driver's affair
 
 
@@ -65,9 +66,11 @@ class _Growing:
 class RolloutEngine:
     """Everything but the engine's own thread runs on the actor's event loop."""
 
-    async def start(self, config: EngineConfig, each: Mapping[str, float], start: Start) -> Started:
-        """Make the engine. Raises as `start_engine`."""
-        engine = await asyncio.to_thread(start, config, each)
+    async def start(
+        self, config: EngineConfig, each: Mapping[str, float], start: Start, berths: Sequence[Berth] = ()
+    ) -> Started:
+        """Make the engine, with `berths` on seats it shares. Raises as `start_engine`."""
+        engine = await asyncio.to_thread(start, config, each, *([berths] if berths else []))
         self._loop = EngineLoop(engine, max_queue=QUEUE, name="rollouts")
         self._growing: dict[str, _Growing] = {}
         self._done: list[Done] = []
@@ -164,6 +167,14 @@ class RolloutEngine:
     async def resume(self) -> None:
         """Go on."""
         await self._loop.resume()
+
+    async def sleep(self, weights: bool) -> None:
+        """Compute nothing until `wake`, and give memory back; see `Engine.sleep`."""
+        await self._loop.sleep(weights)
+
+    async def wake(self) -> None:
+        """Go on."""
+        await self._loop.wake()
 
     async def stats(self) -> Stats:
         """The engine's numbers."""

@@ -113,7 +113,7 @@ class NativeEngine:
     def __init__(self, config: EngineConfig, world: World | None = None, model: ShardedModel | None = None) -> None:
         if config.block_size % KEYS:
             raise ValueError(f"engine.block_size {config.block_size} must be a multiple of {KEYS}")
-        self.config = config
+        self.config, self._borrowed = config, model is not None
         self.model = model or load_model(config, world)
         arch = self.model.arch
         longest = config.max_model_len or arch.max_position_embeddings
@@ -149,6 +149,7 @@ class NativeEngine:
         self._seeds = itertools.count(config.seed << 32)
         waits = config.weights == "await" and model is None
         self._paused, self._updating, self._resume_after = waits, False, waits
+        self._asleep = False
         self._stale: str | None = "it has had no weights yet" if waits else None
         self._touched: set[str] = set()
         self._counters = dict.fromkeys(("prompt_tokens", "cached_tokens", "generated_tokens", "finished"), 0)
@@ -395,12 +396,36 @@ class NativeEngine:
         """See `Engine.resume`."""
         if self._updating:
             raise RuntimeError("a weight update is under way; finish it first")
+        if self._asleep:
+            raise RuntimeError("the engine is asleep; wake it")
         self._paused = False
 
     @property
     def _mixed(self) -> bool:
         """Whether the weights are not those of one version: nothing may be computed with them."""
         return bool(self._stale or (self._updating and self._touched))
+
+    def sleep(self, weights: bool = False) -> list[Output]:
+        """See `Engine.sleep`."""
+        if self._updating:
+            raise RuntimeError("a weight update is under way; finish it first")
+        if weights and self._borrowed:
+            raise ValueError("this engine computes with somebody else's model, whose weights it cannot give back")
+        outputs = self.pause()
+        self._asleep = True
+        self._scheduler.recompute_all()
+        self.runner.hold(cache=False, weights=not weights)
+        if weights:
+            self._stale = "it has given its weights back"
+        return outputs
+
+    def wake(self) -> None:
+        """See `Engine.wake`."""
+        if self._updating:
+            raise RuntimeError("a weight update is under way; finish it first")
+        self.runner.hold(cache=True, weights=True)
+        self._asleep, self._resume_after = False, True
+        self._paused = self._stale is not None
 
     def start_weight_update(self, mode: PauseMode = "keep") -> list[Output]:
         """See `Engine.start_weight_update`."""
@@ -410,6 +435,8 @@ class NativeEngine:
         elif not self._stale:  # else it is paused because the last update failed
             self._resume_after = not self._paused
         outputs = self.pause(mode)
+        if self._asleep:
+            self.runner.hold(cache=False, weights=True)
         self._updating, self.confirmed = True, None
         self._touched.clear()
         return outputs
@@ -467,14 +494,14 @@ class NativeEngine:
         self._stale, self._updating = None, False
         self.version = version
         self._scheduler.recompute_all()
-        self._paused = not self._resume_after
+        self._paused = self._asleep or not self._resume_after
 
     def _fail(self, reason: str) -> None:
         self._updating = False
         if self._touched or self._stale:
             self._stale = reason
         else:  # nothing was changed: the old weights are whole
-            self._paused = not self._resume_after
+            self._paused = self._asleep or not self._resume_after
 
     def stats(self) -> Stats:
         """See `Engine.stats`."""

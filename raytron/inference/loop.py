@@ -215,6 +215,14 @@ class EngineLoop:
         """Go on after `pause`."""
         await self.call(lambda engine: engine.resume())
 
+    async def sleep(self, weights: bool = False) -> None:
+        """Stop stepping and give memory back, see `Engine.sleep`; requests may be added and wait for `wake`."""
+        await self.call(lambda engine: self._deliver(engine.sleep(weights)))
+
+    async def wake(self) -> None:
+        """Go on after `sleep`."""
+        await self.call(lambda engine: engine.wake())
+
     async def stats(self) -> Stats:
         """The engine's numbers, with the loop's view of its health."""
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ __all__ = ["Runner", "Step"]
 log = logging.getLogger(__name__)
 
 _INLINE = 2048  # integers an order carries in its first message
-_STEP, _TENSOR, _PATH, _TAKE, _STOP = range(5)
+_STEP, _TENSOR, _PATH, _TAKE, _HOLD, _STOP = range(6)
 _SUMS_ONLY = -1
 
 
@@ -66,7 +67,8 @@ class Runner:
         self.blocks = self._agree(int(config.kv_cache_mb * 2**20) // block_bytes(layers, config.block_size, dtype))
         # More than all sequences could ever hold would never be written.
         self.blocks = min(self.blocks, -(-max_len // config.block_size) * config.max_num_seqs)
-        self._caches = make_caches(layers, self.blocks, config.block_size, dtype, model.weights.device)
+        self._make_caches = partial(make_caches, layers, self.blocks, config.block_size, dtype, model.weights.device)
+        self._caches = self._make_caches()
         self._rotary = model.rotary(max_len)
         self._held = only(model.layout(), places=[rank_name(self.world.rank)])
         self._reader: SharedReader | None = None
@@ -137,6 +139,12 @@ class Runner:
         """Checksums of what is held now. A rank without others."""
         return checksums(owners(self._held), {(rank_name(self.world.rank), "weights"): self.model.weights})
 
+    def hold(self, cache: bool, weights: bool) -> None:
+        """Have memory for the cache and for the weights, or give it back; what was in it is gone then. Rank 0."""
+        if self.world.mesh.size > 1:
+            self._tell(_HOLD, (int(cache), int(weights)), np.zeros(0, np.int32))
+        self._hold(cache, weights)
+
     def stop(self) -> None:
         """Let the other ranks leave `follow`. Rank 0."""
         if self.world.mesh.size > 1:
@@ -170,6 +178,8 @@ class Runner:
                 return
             if kind == _STEP:
                 self._follow_step(payload.numpy(), *sizes[:4])
+            elif kind == _HOLD:
+                self._hold(*map(bool, sizes[:2]))
             else:
                 text = payload.numpy().astype(np.uint8).tobytes().decode()
                 self._follow_update(text, kind, sizes[0])
@@ -286,6 +296,15 @@ class Runner:
             frozen = layout.tensors.keys() - self.model.trained_layout().tensors.keys()
             self._reader = SharedReader(path, layout, me, {(me, "weights"): self.model.weights}, frozen)
         return self._reader
+
+    def _hold(self, cache: bool, weights: bool) -> None:
+        if cache != bool(self._caches):
+            self._caches = self._make_caches() if cache else {}
+        if weights != bool(self.model.weights.numel()):
+            self.model.allocate(weights)
+            self._reader = None  # it knows where the weights were
+        if self.model.weights.is_cuda and not (cache and weights):
+            torch.cuda.empty_cache()
 
     def _forget(self) -> None:
         """Weights have come another way: the next push is taken whole."""

@@ -2,6 +2,7 @@
 
     add(Request) ...  ->  step() -> [Output, Output, ...] -> step() -> ...      until nothing is unfinished
     start_weight_update -> update_weights (any number of chunks) -> finish_weight_update(version), requests in flight
+    sleep -> (another computes here; updates may come) -> wake
 
 An `Output` is what one sequence of one request gained in one step; `Collector` puts a request's outputs together. Every
 token carries the log-probability the model gave it and the version of the weights that did.
@@ -239,6 +240,16 @@ class Engine(Protocol):
 
     def resume(self) -> None:
         """Go on after `pause`."""
+
+    def sleep(self, weights: bool = False) -> list[Output]:
+        """Pause as `pause()`, and give the memory of the cache back: somebody else computes on this device for a while.
+
+        Requests are kept, and recomputed later. With `weights` that of the weights goes too: an update must then bring
+        all of them. Updates may come while it sleeps. Returns as `pause`. Raises ValueError where this cannot be had.
+        """
+
+    def wake(self) -> None:
+        """After `sleep`: take the memory anew and go on; without weights, once an update has brought them."""
 
     def start_weight_update(self, mode: PauseMode = "keep") -> list[Output]:
         """Pause as `pause(mode)` and make ready for new weights; returns the same. One under way is given up for it."""

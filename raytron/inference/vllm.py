@@ -110,7 +110,7 @@ class VLLMEngine:
         self._turns: dict[str, int] = {}
         self._turn = 0
         self._update: _Update | None = None
-        self._paused = False
+        self._paused = self._asleep = False
         self._awaiting = config.weights == "await"
         self._health = "stale: it has had no weights yet" if self._awaiting else "ready"
         self._shared: SharedWeights | None = None
@@ -252,10 +252,34 @@ class VLLMEngine:
         return outputs
 
     def resume(self) -> None:
-        """Go on after `pause`. Raises RuntimeError while weights are being updated."""
+        """Go on after `pause`. Raises RuntimeError while weights are being updated, and asleep."""
         if self._update:
             raise RuntimeError("a weight update is under way; finish it first")
+        if self._asleep:
+            raise RuntimeError("the engine is asleep; wake it")
         self._paused = False
+
+    def sleep(self, weights: bool = False) -> list[Output]:
+        """vLLM's sleep, level 1 (weights wait in host memory) or with `weights` 2; see `Engine`."""
+        if self._update:
+            raise RuntimeError("a weight update is under way; finish it first")
+        if not self.config.sleep_mode:
+            raise ValueError("vLLM gives memory back only with engine.sleep_mode, which needs a GPU; turn it on")
+        outputs = self.pause()
+        self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._engine.sleep(2 if weights else 1, mode="keep")
+        self._asleep = True
+        if weights:
+            self._health = "stale: it has given its weights back"
+        return outputs
+
+    def wake(self) -> None:
+        """Go on after `sleep`; see `Engine`. Raises RuntimeError while weights are being updated."""
+        if self._update:
+            raise RuntimeError("a weight update is under way; finish it first")
+        if self._asleep:
+            self._engine.wake_up()
+        self._asleep, self._paused = False, self._health.startswith("stale")
 
     def _settle(self) -> list[Output]:
         """Take in the steps that stages of a pipeline are still computing, and start no other."""
@@ -289,6 +313,8 @@ class VLLMEngine:
         """Pause and make ready for new weights; an update under way is given up for this one. See `Engine`."""
         was_paused = self._update.was_paused if self._update else self._paused
         outputs = self.pause(mode)
+        if self._asleep:
+            self._engine.wake_up(["weights"])  # a reload into memory that is not there would be the end of the process
         self._update = _Update(was_paused)
         return outputs
 
@@ -321,8 +347,9 @@ class VLLMEngine:
             if update.path is None:
                 self._model.check({name: tuple(t.shape) for name, t in update.tensors.items()}, whole=True)
         self._reload(update)
-        self._health = "ready"
-        self.version, self._update, self._paused = version, None, update.was_paused
+        waited = self._health != "ready"  # for weights, and for nothing else
+        self.version, self._update, self._health = version, None, "ready"
+        self._paused = self._asleep or (update.was_paused and not waited)
 
     def _reload(self, update: _Update) -> None:
         try:
@@ -559,6 +586,8 @@ def _start(config: EngineConfig, model: _Canonical) -> LLMEngine:
             from vllm.v1.engine.llm_engine import LLMEngine
         except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
             raise ValueError(_cure(error)) from error
+        if config.sleep_mode and current_platform.is_cpu():
+            raise ValueError("engine.sleep_mode is vLLM's on a GPU alone; leave it off, or set engine to native")
         arguments = EngineArgs(
             model=config.path,
             skip_tokenizer_init=not model.tokenizer,
@@ -572,6 +601,9 @@ def _start(config: EngineConfig, model: _Canonical) -> LLMEngine:
             load_format="dummy" if config.weights == "await" else "auto",
             block_size=-(-config.block_size // _BLOCK) * _BLOCK,
             kv_cache_memory_bytes=int(config.kv_cache_mb * 2**20),
+            enable_sleep_mode=config.sleep_mode,
+            # Of a GPU shared with others only what is said above is taken; vLLM would refuse to start without the most.
+            **({"gpu_memory_utilization": 0.05} if config.sleep_mode else {}),
             enable_prefix_caching=config.prefix_caching,
             enforce_eager=current_platform.is_cpu(),  # compiled code would keep the old weights
             scheduling_policy="priority",

@@ -186,8 +186,16 @@ class ShardedModel(nn.Module):
             moved[param] = new
             self.slots.append(Slot(new, offset, param.numel()))
         self.trained = [Slot(s.param, s.offset - self.frozen, s.numel) for s in self.slots if s.offset >= self.frozen]
+        self._size, self._shapes = end, [slot.param.shape for slot in self.slots]
         for module, name, param in sites:
             module._parameters[name] = moved[param]
+
+    def allocate(self, room: bool) -> None:
+        """Give the memory of the weights back, or take it anew, all zeros. For inference: `weights` is another."""
+        self.weights = self.weights.new_zeros(self._size if room else 0)
+        for slot, shape in zip(self.slots, self._shapes, strict=True):
+            flat = self.weights[slot.offset : slot.offset + slot.numel]
+            slot.param.data = flat.view(shape) if room else flat
 
     def initialize(self, seed: int, added: bool = False) -> ShardedModel:
         """Random weights that depend only on (seed, tensor name, position), whatever the layout.

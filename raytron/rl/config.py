@@ -133,13 +133,19 @@ class RolloutConfig(Typed):
     """Engines that write answers, and how they sample."""
 
     engines: int = 1
-    """How many, each in a placement group of its own."""
+    """How many, each in a placement group of its own, or colocated."""
+    colocate: bool = False
+    """Engines share the seats of the policy's trainer, one of their ranks that of one of its, and take turns with it:
+    no CPU or GPU is asked for besides. max_staleness must be 0."""
+    release: Literal["cache", "weights"] = "cache"
+    """What colocated engines give back while the trainer computes: the memory of their caches, or that of their weights
+    too, which come back with the push."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """What each is; its path, dtype and lora are the policy's."""
     cpus: float = 1.0
-    """CPU slots of one rank of an engine."""
+    """CPU slots of one rank of an engine, unless colocated."""
     gpus: float = 0.0
-    """GPUs of one rank of an engine."""
+    """GPUs of one rank of an engine, unless colocated."""
     temperature: float = 1.0
     top_p: float = 1.0
     """Below 1 the engine's distribution is not the trained one; ratios are then wrong by what was cut off."""
@@ -156,6 +162,13 @@ class RolloutConfig(Typed):
         super().__post_init__()
         if self.engines < 1:
             raise ValueError(f"rollout.engines is {self.engines}; it must be at least 1")
+        if self.colocate and (self.cpus, self.gpus) != (1.0, 0.0):
+            raise ValueError(
+                f"rollout.cpus {self.cpus} and rollout.gpus {self.gpus} are not what colocated engines take: they use "
+                "what the trainer's ranks have (scaling.use_gpu, scaling.resources_per_worker); leave them out"
+            )
+        if self.release != "cache" and not self.colocate:
+            raise ValueError(f"rollout.release is {self.release}, which colocated engines do; set rollout.colocate too")
         if self.engine_timeout_s <= 0:
             raise ValueError(f"rollout.engine_timeout_s is {self.engine_timeout_s}; it must be positive")
         if self.temperature <= 0:
@@ -308,9 +321,30 @@ class RLConfig(StepConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness is {self.max_staleness}; it must be 0 or more")
+        if self.rollout.colocate:
+            self._check_colocation()
         if self.algorithm.minibatches > self.prompts * self.group_size:
             raise ValueError(
                 f"algorithm.minibatches {self.algorithm.minibatches} exceeds the step's prompts x group_size answers"
+            )
+
+    def _check_colocation(self) -> None:
+        """ValueError for what engines and trainer cannot do in turns."""
+        engine, engines, ranks = self.rollout.engine, self.rollout.engines, self.scaling.bounds[0]
+        if self.max_staleness:
+            raise ValueError(
+                f"max_staleness is {self.max_staleness}, and rollout.colocate has engines and trainer take turns: set "
+                "it to 0, or give the engines seats of their own (rollout.colocate off)"
+            )
+        if engines * engine.tp * engine.pp > ranks:
+            raise ValueError(
+                f"rollout.colocate: {engines} engines of tp x pp = {engine.tp} x {engine.pp} ranks share the seats "
+                f"of the trainer, which has {ranks} (scaling.num_workers); use fewer or smaller engines, or more ranks"
+            )
+        if engine.engine == "vllm" and not self.scaling.gpus_per_worker:
+            raise ValueError(
+                "rollout.colocate: vLLM gives memory back on a GPU only (its sleep mode), and scaling asks for none; "
+                "set rollout.engine.engine to native, scaling.use_gpu, or rollout.colocate off"
             )
 
     @property

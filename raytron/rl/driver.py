@@ -35,7 +35,7 @@ from raytron.parallel.mesh import Mesh
 from raytron.rl.algorithms import make
 from raytron.rl.buffer import Buffer, Journal
 from raytron.rl.config import RLConfig
-from raytron.rl.engines import engine_bundles, fitting_dp, rollout_group, watched
+from raytron.rl.engines import engine_bundles, fitting_dp, rollout_group, trainers_turn, watched
 from raytron.rl.environments import Prompt, Task
 from raytron.rl.episodes import run_group
 from raytron.rl.report import TIMELINE, Phases, draw_timeline, reward_curve_png, step_record, summary
@@ -144,8 +144,10 @@ class _Run:
             self.saved = version
             if version:
                 self._say(f"continuing from step {version} of {checkpoints}", style="")
+            await trainers.sleep()
             journal, buffer = self._books(version)
-            engines = rollout_group(config, self.arch, self.task, self.folder, session.wait_s)
+            seats = trainers.policy.berths
+            engines = rollout_group(config, self.arch, self.task, self.folder, session.wait_s, seats)
             scoring = self.scorers.running(session.wait_s)
             with watched(engines, self.folder.path / TIMELINE, keep=version > 0) as self.timeline:
                 async with engines, scoring as self.overall:
@@ -195,14 +197,16 @@ class _Run:
             if groups is None:
                 break
             more = {"rejected": buffer.rejected, "excluded_total": rollouts.excluded, "ahead": len(buffer.started)}
-            with phases("score"):
-                batch = await trainers.scored(Batch.of(groups))
-            batch = self.algorithm.prepare(batch)
-            rollouts.journal.step(buffer.version + 1, tuple(group.index for group in groups))
-            with phases("train"):
-                metrics = await trainers.train(batch)
+            async with trainers_turn(config.rollout, trainers, engines):
+                with phases("score"):
+                    batch = await trainers.scored(Batch.of(groups))
+                batch = self.algorithm.prepare(batch)
+                rollouts.journal.step(buffer.version + 1, tuple(group.index for group in groups))
+                with phases("train"):
+                    metrics = await trainers.train(batch)
             with phases("sync"):
                 report = await sync.push(buffer.version + 1)
+                await engines.wake()
             buffer.trained()  # not before: what starts during the push may still be answered by the old weights
             rollouts.launch()
             more["sync_bytes"] = report.nbytes

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raytron.actors.placement import Node, ranks_that_fit, without
+from raytron.actors.placement import Berth, Node, ranks_that_fit, without
 from raytron.actors.replica import bundles
 from raytron.actors.rollout import RolloutGroup
 from raytron.actors.runs import RunFolder
@@ -17,16 +17,20 @@ from raytron.config import FailureConfig, LoRAConfig
 from raytron.metrics import Timeline
 from raytron.rl.config import RLConfig, RolloutConfig
 from raytron.rl.environments import Task
+from raytron.rl.trainers import Trainers
 
-__all__ = ["engine_bundles", "fitting_dp", "rollout_group", "watched"]
+__all__ = ["engine_bundles", "fitting_dp", "rollout_group", "trainers_turn", "watched"]
 
 
-def rollout_group(config: RLConfig, arch: Any, task: Task, folder: RunFolder, wait_s: float) -> RolloutGroup:
+def rollout_group(
+    config: RLConfig, arch: Any, task: Task, folder: RunFolder, wait_s: float, beside: Sequence[Berth] = ()
+) -> RolloutGroup:
     """The engines, not yet started. Weights come by the first push, all else from a directory without any.
 
     Args:
         arch: the policy's.
         wait_s: how long to wait for the cluster to grant seats.
+        beside: the seats of the trainer, which colocated engines share.
     """
     rollout, path = config.rollout, folder.path / "engine"
     path.mkdir(parents=True, exist_ok=True)
@@ -40,10 +44,11 @@ def rollout_group(config: RLConfig, arch: Any, task: Task, folder: RunFolder, wa
         lora=arch.lora if rollout.engine.engine == "native" else LoRAConfig(),
         reproducible=config.reproducible or rollout.engine.reproducible,
         logprobs="processed",
+        sleep_mode=rollout.colocate and rollout.engine.engine == "vllm",
     )
     failures = FailureConfig(max_failures=rollout.max_restarts)
     more = {"failures": failures, "timeout_s": rollout.engine_timeout_s, "wait_s": wait_s}
-    return RolloutGroup([engine] * rollout.engines, _each(rollout), **more)
+    return RolloutGroup([engine] * rollout.engines, _each(rollout), beside=beside if rollout.colocate else (), **more)
 
 
 def _each(rollout: RolloutConfig) -> dict[str, float]:
@@ -53,6 +58,8 @@ def _each(rollout: RolloutConfig) -> dict[str, float]:
 
 def engine_bundles(rollout: RolloutConfig) -> list[dict[str, float]]:
     """What the engines reserve, each bundle on one node."""
+    if rollout.colocate:
+        return []
     return bundles(rollout.engine, _each(rollout)) * rollout.engines
 
 
@@ -70,6 +77,18 @@ def fitting_dp(config: RLConfig, groups: int, others: Sequence[Mapping[str, floa
     free = ranks_that_fit(without(nodes, others), resources(config.scaling), config.parallel.tp) // groups
     workers = min(high, free) // unit * unit
     return (workers if workers >= low else high) // unit
+
+
+@asynccontextmanager
+async def trainers_turn(rollout: RolloutConfig, trainers: Trainers, engines: RolloutGroup) -> AsyncIterator[None]:
+    """The trainer computes inside. Colocated engines sleep from here until they are woken, after the next push."""
+    if not rollout.colocate:
+        yield
+        return
+    await engines.sleep(weights=rollout.release == "weights")
+    await trainers.wake()
+    yield
+    await trainers.sleep()
 
 
 @contextmanager

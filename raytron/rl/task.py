@@ -110,6 +110,14 @@ class _Task:
             count_of=parallel.pp if parallel.virtual_stages > 1 else 1,
         )
 
+    def sleep(self) -> None:
+        """See `TrainEngine.sleep`."""
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        """See `TrainEngine.wake`."""
+        self.engine.wake()
+
     def save(self, wait: bool = False) -> str | None:
         """See `Saves.save`."""
         return self.saves.save(wait)
@@ -134,8 +142,9 @@ class PolicyTask(_Task):
         tokenizer: directory whose tokenizer every saved model gets.
 
     Attributes:
-        reference: the weights that KL is measured to, if the algorithm wants one: those the run began with. A model
-            with adapters keeps none, its reference is the same model without them.
+        reference: the weights that KL is measured to, if the algorithm wants one: those the run began with; in host
+            memory where engines are colocated. A model with adapters keeps none, its reference is the same model
+            without them.
     """
 
     def __init__(
@@ -145,7 +154,8 @@ class PolicyTask(_Task):
         how = {"parallel": config.parallel, "dtype": DTYPES[config.precision]}
         model = begin(config.model, arch, world, seed=config.seed, **how)
         copied = self.algorithm.needs_reference and not model.adapted
-        self.reference = model.weights.detach().clone() if copied else None
+        where = "cpu" if config.rollout.colocate else model.weights.device
+        self.reference = model.weights.detach().to(where, copy=True) if copied else None
         self._publisher = Publisher(model)
         objective = PolicyObjective(self.algorithm, config.rollout.temperature)
         super().__init__(world, config, model, objective, checkpoints, tokenizer)

@@ -114,6 +114,16 @@ class Trainers:
         policy, *critic = (next(r for r in results if r is not None) for results in found)
         return policy | {f"critic/{name}": value for metrics in critic for name, value in metrics.items()}
 
+    async def sleep(self) -> None:
+        """Give the policy's seats to engines that share them; without such engines nothing happens."""
+        if self.config.rollout.colocate:
+            await asyncio.to_thread(self.policy.call, "sleep")
+
+    async def wake(self) -> None:
+        """Be ready to train, after `sleep`."""
+        if self.config.rollout.colocate:
+            await asyncio.to_thread(self.policy.call, "wake")
+
     async def save(self, wait: bool = False) -> None:
         """Save the committed step, in the background unless `wait`; the user is told of saves that failed."""
         for group in reversed(self._groups):  # the policy's last: with it the version exists

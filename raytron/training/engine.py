@@ -262,6 +262,7 @@ class TrainEngine:
         self._check(batches)
         assert self.whole, "weights are of two versions: the task has to be reshaped first"
         self._enter("forward_backward")
+        assert self.grads.untyped_storage().nbytes(), "the engine is asleep; wake it"
         self.grads.zero_()
         self._reducer.begin()
         self._reported.clear()
@@ -461,6 +462,24 @@ class TrainEngine:
                 self.update(resolution.vote, lr)
             self.whole = not self.scatter
         return self.publish(resolution.vote, lr, None, self._samples)
+
+    # Turns with others on the same device
+
+    def sleep(self) -> None:
+        """Give back the memory that only a step needs, until `wake`: gradients, and on a GPU the optimizer's state,
+        which waits in host memory. Weights stay: they can be scored with, saved and published meanwhile."""
+        self.settle()
+        self.adamw.shelve()
+        self.grads.untyped_storage().resize_(0)  # parameters and reducer go on viewing it
+        if self.grads.is_cuda:
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Take it anew; without `sleep` nothing happens."""
+        self.adamw.unshelve()
+        storage = self.grads.untyped_storage()
+        if storage.nbytes() != self.grads.nbytes:
+            storage.resize_(self.grads.nbytes)
 
     def settle(self) -> None:
         """Wait for whoever still reads the weights (see `add_barrier`); after it they may change."""

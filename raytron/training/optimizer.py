@@ -46,6 +46,7 @@ class FlatAdamW:
         self.state: dict[str, Tensor] = {name: grads.new_zeros(size) for name in ("exp_avg", "exp_avg_sq")}
         if weights.dtype != grads.dtype:
             self.state["master"] = grads.new_empty(size)
+        self._host: dict[str, Tensor] = {}
         self.copy_masters()
 
     def copy_masters(self) -> None:
@@ -53,6 +54,19 @@ class FlatAdamW:
         if "master" in self.state:
             for run in self._runs:
                 self._shard("master", run).copy_(self.weights[run.start : run.stop])
+
+    def shelve(self) -> None:
+        """Move the state to host memory, where it is found in `state`; on the CPU it is there."""
+        for name, tensor in self.state.items():
+            if tensor.is_cuda:
+                if name not in self._host:  # pinned, and kept: it is for every step
+                    self._host[name] = torch.empty_like(tensor, device="cpu", pin_memory=True)
+                self.state[name] = self._host[name].copy_(tensor)
+
+    def unshelve(self) -> None:
+        """Bring it back."""
+        for name, tensor in self.state.items():
+            self.state[name] = tensor.to(self.grads.device)
 
     def _shard(self, name: str, run: _Run) -> Tensor:
         return self.state[name][run.at : run.at + run.stop - run.start]

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raytron.actors import RolloutError, RolloutGroup, Session
+from raytron.actors import ActorGroup, RolloutError, RolloutGroup, Session
 from raytron.actors.fleet import Health, Progress
 from raytron.actors.placement import CapacityError
 from raytron.config import EngineConfig, FailureConfig
 from raytron.inference import NativeEngine, Request, SamplingParams
+from raytron.parallel import Mesh
 from tests.actors import rollouts
 
 EACH = {"CPU": 0.5}
@@ -265,6 +266,38 @@ def test_paused_engines_go_on_where_they_were(cluster: Session, folder, expected
             assert await answers == expected
 
     run(main)
+
+
+@pytest.mark.slow
+def test_engines_that_share_seats_keep_to_their_turns_whatever_dies(cluster: Session, folder, expected):
+    async def main(trainer: ActorGroup) -> None:
+        with pytest.raises(ValueError, match="cannot share the seats of 1"):
+            RolloutGroup([config(folder)] * 2, beside=trainer.berths)
+        failures = FailureConfig(max_failures=1)
+        async with RolloutGroup([config(folder)], beside=trainer.berths, failures=failures) as group:
+            assert group.node(0) == trainer.where[0].node
+            await group.sleep()
+            answers = asyncio.ensure_future(all_of(group))
+            await asyncio.sleep(0)
+            assert (await group.stats())[0].waiting == 0  # nothing has come
+            os.kill(group._started[0].pid, signal.SIGKILL)
+            while group.fleet.failures == 0:
+                await asyncio.sleep(0.05)
+            assert group.fleet.of(Health.STARTING) == (0,)
+            assert not answers.done()
+            await group.wake()
+            assert await answers == expected
+            under_way = asyncio.ensure_future(all_of(group))
+            await asyncio.sleep(0)
+            await group.sleep()
+            before = (await group.stats())[0]
+            assert (before.paused, before.kv_usage) == (True, 0.0)
+            assert (await group.stats())[0] == before
+            await group.wake()
+            assert await under_way == expected
+
+    with ActorGroup(Mesh(), {"CPU": 1.0}) as trainer:
+        run(lambda: main(trainer))
 
 
 def test_every_step_of_a_long_prefill_is_progress(folder):

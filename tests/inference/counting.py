@@ -51,6 +51,13 @@ class CountingEngine:
     def resume(self) -> None:
         self.paused = False
 
+    def sleep(self, weights: bool = False) -> list[Output]:
+        self.paused, self.stale = True, weights
+        return []
+
+    def wake(self) -> None:
+        self.paused = self.stale
+
     def start_weight_update(self, mode: str = "keep") -> list[Output]:
         return self.pause(mode)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raytron.config import EngineConfig
-from raytron.inference import LLM, Collector, NativeEngine, Request, SamplingParams
+from raytron.inference import LLM, Collector, NativeEngine, Output, Request, SamplingParams, make_engine
 from raytron.models import build, from_pretrained, kernels
 from raytron.models.arch import DecoderConfig
 from tests.models.hugging_face import random_model
@@ -185,3 +185,50 @@ def test_an_engine_that_cannot_be_says_why(directory, options, message):
     folder, _ = directory
     with pytest.raises(ValueError, match=message):
         LLM(folder, dtype="fp32", **options)
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("weights", [False, True], ids=["cache", "weights"])
+def test_an_engine_that_sleeps_has_given_its_memory_back_and_goes_on_where_it_was(directory, tp, weights):
+    folder, _ = directory
+    engine = make_engine(
+        EngineConfig(path=str(folder), tp=tp, dtype="fp32", kv_cache_mb=4, threads=1, reproducible=True)
+    )
+    asked, step, steps = requests(), engine.step, []
+    wanted = run(engine, asked)
+    weighs = engine.model.weights.numel()
+
+    def stepping() -> list[Output]:
+        steps.append(None)
+        if len(steps) == 8:
+            assert engine.sleep(weights) == []
+            assert engine.runner._caches == {}
+            assert engine.model.weights.numel() == (0 if weights else weighs)
+            assert step() == []
+            with pytest.raises(RuntimeError, match="asleep"):
+                engine.resume()
+            if weights:
+                with pytest.raises(ValueError, match="stale"):
+                    engine.add(Request("late", (1,)))
+                engine.wake()
+                assert step() == []  # there is nothing to compute with
+                engine.sleep(weights)
+                engine.start_weight_update()
+                engine.update_weights(str(folder))
+                engine.finish_weight_update(0)
+                assert step() == []
+            engine.wake()
+        return step()
+
+    engine.step = stepping
+    assert run(engine, asked) == wanted
+    assert len(steps) > 8
+    engine.close()
+
+
+def test_weights_of_somebody_else_are_not_given_back(directory):
+    folder, _ = directory
+    engine = NativeEngine(EngineConfig(path=str(folder), kv_cache_mb=4), model=from_pretrained(folder))
+    with pytest.raises(ValueError, match="somebody else's model"):
+        engine.sleep(weights=True)

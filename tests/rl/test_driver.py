@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +15,13 @@ import pytest
 from raytron import rl
 from raytron.actors import Session, placement
 from raytron.actors.placement import Node
-from raytron.config import CheckpointConfig, RunConfig, ScalingConfig
+from raytron.config import CheckpointConfig, EngineConfig, FailureConfig, RunConfig, ScalingConfig
 from raytron.metrics import read_timeline
-from raytron.rl import scorers
+from raytron.rl import driver, scorers
 from raytron.rl.buffer import Journal
 from raytron.rl.config import RewardConfig, RewardModelConfig, RLConfig
 from raytron.rl.engines import fitting_dp
+from raytron.rl.trainers import Trainers
 from recipes.grpo import config as recipe
 from recipes.ppo import config as ppo
 from tests.actors.scorers import Failing
@@ -42,9 +45,16 @@ def same_numbers(record: dict) -> dict:
     return {k: v for k, v in record.items() if k not in timed} | {"extra": extra}
 
 
-def test_a_run_resumes_bit_for_bit_and_keeps_its_books(cluster: Session, tmp_path: Path):
-    rl.run(config(tmp_path, "whole", 9, reproducible=True))
-    records = steps(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(cluster: Session, tmp_path_factory) -> list[dict]:
+    """The records of nine steps that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    rl.run(config(folder, "whole", 9, reproducible=True))
+    return steps(folder / "whole")
+
+
+def test_a_run_resumes_bit_for_bit_and_keeps_its_books(cluster: Session, tmp_path: Path, whole):
+    records = whole
     assert [r["extra"]["policy/bit_equal"] for r in records] == [1.0] * 9
     assert {r["extra"]["rollout/staleness_max"] for r in records} == {0.0}
     rl.run(config(tmp_path, "cut", 4, 4, reproducible=True, transcripts=5))
@@ -68,6 +78,63 @@ def test_a_run_resumes_bit_for_bit_and_keeps_its_books(cluster: Session, tmp_pat
         group.index: {int(v) for t in group.trajectories for v in t.versions[t.chosen]} for group in groups.values()
     }
     assert all(found == {index // recipe.prompts} for index, found in versions.items())
+
+
+def test_engines_that_take_turns_with_the_trainer_change_no_bit_and_need_no_seats(cluster, tmp_path, whole):
+    free = max(1.0, sum(node.available["CPU"] for node in placement.cluster()))
+    rollout = replace(recipe.rollout, colocate=True, release="weights")
+    scaling = ScalingConfig(resources_per_worker={"CPU": free})
+    rl.run(config(tmp_path, "turns", 4, reproducible=True, rollout=rollout, scaling=scaling))
+    assert [same_numbers(r) for r in steps(tmp_path / "turns")] == [same_numbers(r) for r in whole[:4]]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "more", "message"),
+    [
+        ({}, {"max_staleness": 1}, "set it to 0, or give the engines seats of their own"),
+        ({"engines": 3}, {}, "3 engines of tp x pp = 1 x 1 ranks share the seats of the trainer, which has 1"),
+        ({"engine": EngineConfig(tp=2)}, {"scaling": ScalingConfig(num_workers=(1, 4))}, "which has 1"),
+        ({"engine": EngineConfig(engine="vllm")}, {}, "vLLM gives memory back on a GPU only"),
+        ({"gpus": 1.0}, {}, "not what colocated engines take"),
+        ({"colocate": False, "release": "weights"}, {}, "set rollout.colocate too"),
+    ],
+)
+def test_what_cannot_be_done_in_turns_is_refused(rollout, more, message):
+    with pytest.raises(ValueError, match=message):
+        replace(recipe, rollout=replace(recipe.rollout, **{"colocate": True, **rollout}), **more)
+
+
+def struck(monkeypatch, rolling: dict[int, str], training: dict[int, str]) -> None:
+    """Have an actor killed when a run has come so far: as the rollouts, or the training, after a step begin."""
+    milestone, train, seen = driver._Run._milestone, Trainers.train, {}
+
+    def strike(kind: str | None) -> None:
+        if kind is not None:
+            run = {"engine": lambda: seen["engines"]._started[0], "trainer": lambda: seen["trainers"].policy.where[0]}
+            os.kill(run[kind]().pid, signal.SIGKILL)
+
+    async def milestones(run, trainers, engines, writer, version) -> None:
+        await milestone(run, trainers, engines, writer, version)
+        seen.update(trainers=trainers, engines=engines, version=version)
+        strike(rolling.pop(version, None))
+
+    async def trained(trainers, batch) -> dict[str, float]:
+        strike(training.pop(seen.get("version"), None))
+        return await train(trainers, batch)
+
+    monkeypatch.setattr(driver._Run, "_milestone", milestones)
+    monkeypatch.setattr(Trainers, "train", trained)
+
+
+@pytest.mark.slow
+def test_whoever_dies_while_taking_turns_is_replaced_and_no_bit_is_lost(cluster, tmp_path, whole, monkeypatch):
+    rolling, training = {1: "engine", 5: "trainer"}, {3: "engine", 6: "trainer"}
+    struck(monkeypatch, rolling, training)
+    disturbed = config(tmp_path, "struck", 9, 2, reproducible=True, rollout=replace(recipe.rollout, colocate=True))
+    failures = FailureConfig(max_failures=2)
+    rl.run(replace(disturbed, run=replace(disturbed.run, failure_config=failures)))
+    assert rolling == training == {}
+    assert [same_numbers(r) for r in steps(tmp_path / "struck")] == [same_numbers(r) for r in whole]
 
 
 @pytest.mark.slow

@@ -412,3 +412,22 @@ def test_a_batch_without_a_token_that_counts_is_refused():
 def test_unknown_parallel_options_never_reach_the_engine():
     with pytest.raises(ValueError, match=r"schedule is 'dual'; expected one of 'gpipe', '1f1b'"):
         ParallelConfig(schedule="dual")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_engine_that_sleeps_between_its_steps_has_the_bits_of_one_that_does_not(device, precision):
+    engines = [make(world=World.single(device), chosen=config(precision)) for _ in range(2)]
+    for step in range(4):
+        steady, napping = (engine.step(batches(engine, "untied", step)) for engine in engines)
+        assert steady == napping
+        engines[1].sleep()
+        assert engines[1].grads.untyped_storage().nbytes() == 0
+        assert {tensor.device.type for tensor in engines[1].optimizer.values()} == {"cpu"}
+        with pytest.raises(AssertionError, match="asleep"):
+            engines[1].forward_backward(batches(engines[1], "untied", step))
+        for name, tensor in engines[0].optimizer.items():  # a save finds them here
+            assert torch.equal(tensor.cpu(), engines[1].optimizer[name])
+        engines[1].wake()
+        engines[1].wake()
+    assert torch.equal(*(engine.model.weights for engine in engines))
