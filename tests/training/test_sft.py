@@ -26,6 +26,8 @@ from raytron.models.arch import DecoderConfig
 from raytron.parallel.collectives import World
 from raytron.parallel.mesh import Mesh
 from raytron.training import DTYPES, TrainEngine
+from raytron.training.reshape import Change
+from raytron.training.seating import Seating
 from raytron.training.sft import SFTTask
 from tests.models.hugging_face import canonical
 
@@ -163,6 +165,32 @@ def test_a_run_that_was_cut_goes_on_to_the_bit(config):
         assert before + after == losses
         assert again == held_out
         assert all((final[name] == tensor).all() for name, tensor in weights.items())
+
+
+def reshaped(world: World, config: SFTConfig, prepared) -> list[tuple[float, int] | None]:
+    """What `trained` says of losses, of a task that changes from dp to tp after the first step, and back."""
+    task, places = SFTTask(world, config, ARCH, prepared, f"{config.run.storage_path}/none"), ("left", "right")
+    losses, old = [task.train_step()], Seating(world.mesh, places)
+    for mesh in (Mesh(tp=2), world.mesh):
+        new = World(mesh, world.rank, world._store, prefix=f"{world._prefix}-tp{mesh.tp}")
+        change = Change(old, Seating(mesh, places))
+        task.reshape(new, new, places[world.rank], change)
+        task.adopt()
+        old = change.new
+        losses.append(task.train_step())
+        task.evaluate()
+    task.close()
+    return [r and (r.loss, r.consumed_tokens) for r in losses]
+
+
+@pytest.mark.parametrize("packing", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_run_that_changes_shape_trains_on_the_same_rows(ranks, config, packing):
+    """Rows are cut to a width that tensor parallelism divides, whatever it is by then."""
+    chosen = replace(config, micro_batch_size=1, data=replace(config.data, packing=packing))
+    prepared = prepare_examples(chosen.data, "byte")
+    losses, *_ = trained(World.single(), replace(chosen, run=replace(chosen.run, name="still")), prepared, 3)
+    found = ranks.run(reshaped, Mesh(dp=2), replace(chosen, scaling=ScalingConfig(num_workers=2)), prepared)
+    assert np.allclose(found[0], losses, rtol=0, atol=1e-10)
 
 
 def test_the_model_named_brings_its_tokenizer():
