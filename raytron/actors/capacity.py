@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from math import comb
 
 from raytron.actors.policy_state import ClusterState, Unit
 from raytron.parallel.mesh import Mesh
 
 __all__ = ["Filled", "Supply", "fill", "flaky", "resized", "supply", "units_that_fit"]
 
-FAR_MORE = 4.0  # a flaky node's faults per seat against those of all other nodes
+UNLIKELY = 0.001  # less than this chance, and a node is no longer just unlucky
 
 
 @dataclass(frozen=True)
@@ -111,23 +112,25 @@ def _take(left: Counter, count: int) -> None:
 
 
 def flaky(state: ClusterState) -> frozenset[str]:
-    """Nodes that nothing new should be started on: where a straggler was, or that fail far more often than their peers.
+    """Nodes that nothing new should be started on: where a straggler was, or that fail more often than chance explains.
 
-    A rate beside the peers', and not a mere count: where everything fails alike (one machine, a drill that kills at
-    random) no node is worse than another, and avoiding all of them would starve the run.
+    A test of likelihood and not a mere count: where everything fails alike (one machine, a drill that kills at random)
+    no node is worse than another, and avoiding all of them would starve the run.
     """
     rules = state.rules
     recent = [fault for fault in state.history if fault.at_s >= state.now_s - rules.flaky_window_s]
-    faults = Counter(fault.node for fault in recent if fault.how != "slow")
-    seats = Counter(state.nodes)
-    seats.update(spare.node for spare in state.spares)
-    seats.update({node: max(0, count) for node, count in state.free.items()})
-    seats.update({node: 1 for node in faults if node not in seats})
-    all_faults, all_seats = sum(faults.values()), sum(seats.values())
     found = {fault.node for fault in recent if fault.how == "slow"}
-    for node, count in faults.items():
-        others = all_seats - seats[node]
-        peers = (all_faults - count + 1) / others if others else float("inf")  # one more: few faults prove little
-        if count >= rules.flaky_faults and count / seats[node] > FAR_MORE * peers:
-            found.add(node)
+    faults = Counter(fault.node for fault in recent if fault.how != "slow")
+    if suspects := {node: count for node, count in faults.items() if count >= rules.flaky_faults}:
+        seats = Counter(state.nodes)
+        seats.update(spare.node for spare in state.spares)
+        seats.update({node: max(0, count) for node, count in state.free.items()})
+        seats.update({node: 1 for node in faults if node not in seats})
+        total, every = sum(faults.values()), sum(seats.values())
+        found |= {node for node, count in suspects.items() if _chance(count, total, seats[node] / every) < UNLIKELY}
     return frozenset(found)
+
+
+def _chance(count: int, total: int, share: float) -> float:
+    """How likely at least `count` of `total` faults are on a node with that share of the seats, if all fail alike."""
+    return sum(comb(total, k) * share**k * (1 - share) ** (total - k) for k in range(count, total + 1))

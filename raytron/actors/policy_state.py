@@ -138,7 +138,7 @@ class Rules:
     poll_s: float = 1.0
     """How long to wait before looking again."""
     flaky_faults: int = 3
-    """A node with so many faults within `flaky_window_s`, far more than its peers have, gets nothing new."""
+    """A node with so many faults within `flaky_window_s`, and more than chance explains, gets nothing new."""
     flaky_window_s: float = 3600.0
     """For how long faults are held against a node."""
     spares: int = 0

@@ -231,7 +231,7 @@ def test_a_tensor_parallel_group_moves_as_one():
 
 
 def test_a_bad_node_is_better_than_none():
-    bad = tuple(Fault(900.0 + i, "n1", "died") for i in range(9))
+    bad = tuple(Fault(900.0 + i, "n1", "died") for i in range(12))
     decision = decide(state(Mesh(dp=2), bounds=(2, 2), lost=lost(1), history=bad))
     assert decision.action == Replace(("p1",), "cold")
     assert "n1" not in decision.avoid
@@ -242,6 +242,13 @@ def test_nodes_that_all_fail_alike_are_none_the_worse():
     decision = decide(state(Mesh(dp=3), nodes=("n0", "n1", "n2"), bounds=(1, 4), free={"n3": 1}, history=faults))
     assert decision.action == Grow(4)
     assert not decision.avoid
+
+
+def test_a_few_faults_in_a_row_are_chance_on_few_nodes_and_none_on_many():
+    three = tuple(Fault(900.0 + i, "n1", "died") for i in range(3))
+    for nodes, avoided in ((2, False), (4, False), (64, True)):
+        one = state(Mesh(dp=nodes), bounds=(1, 2 * nodes), free={f"n{i}": 1 for i in range(nodes)}, history=three)
+        assert ("n1" in decide(one).avoid) == avoided, nodes
 
 
 def test_another_shape_only_where_no_whole_unit_fits():
