@@ -163,7 +163,8 @@ def _drain(state: ClusterState) -> Decision | None:
     for avoid in dict.fromkeys((flaky(state), frozenset())):
         if plan := cheapest(state, leaving, avoid, beside=beside) or other_shape(state, leaving, avoid):
             return _planned(state, plan, cause, avoid | _draining(state))
-    if state.saved_s < max(one.since_s for one in ours):
+    told = max(one.since_s for one in ours)
+    if state.saved_s < max(told, state.now_s - state.rules.horizon_s):
         return Decision(Save(), f"{cause}, and there is no room elsewhere: saving what would be lost", state.mesh)
     return _keep(state, f"{cause}, there is no room elsewhere, and a checkpoint is written")
 

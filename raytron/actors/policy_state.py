@@ -78,7 +78,7 @@ class Slow:
 
 @dataclass(frozen=True)
 class Draining:
-    """A node that was told at `since_s` that it ends at `deadline_s`. Without `since_s` no `Save` is asked for."""
+    """A node that was told at `since_s` (-inf: nobody knows when) that it ends at `deadline_s`."""
 
     node: str
     deadline_s: float
@@ -277,7 +277,8 @@ class Rewind:
 
 @dataclass(frozen=True)
 class Save:
-    """Write a checkpoint now: what is about to go cannot be moved elsewhere."""
+    """Write a checkpoint now: what is about to go cannot be moved elsewhere, and the newest one is from before the notice,
+    or older than `rules.horizon_s`."""
 
 
 @dataclass(frozen=True)

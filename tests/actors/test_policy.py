@@ -314,6 +314,14 @@ def test_the_preferred_shape_comes_back_without_losing_ranks_unless_the_user_ask
     assert decide(replace(one, requested=Request(tp=4, at_s=1.0), resized_s=100.0)).action == Reshape(Mesh(tp=4))
 
 
+@pytest.mark.parametrize("since_s", [990.0, float("-inf")])
+def test_what_a_draining_node_takes_along_is_saved_once_and_again_when_it_is_old(since_s: float):
+    one = state(Mesh(dp=2), bounds=(2, 2), draining=(Draining("n1", 9000.0, since_s),))
+    assert decide(one).action == Save()
+    assert decide(replace(one, saved_s=995.0)).action == Continue()
+    assert decide(replace(one, saved_s=995.0, now_s=995.0 + RULES.horizon_s + 1)).action == Save()
+
+
 def test_a_straggler_is_replaced_when_it_costs_more_than_its_replacement():
     slow = state(Mesh(dp=4), slow=(Slow("p3", 1.5),), free={"n9": 1})
     assert decide(slow).action == Replace(("p3",), "cold")
