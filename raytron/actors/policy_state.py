@@ -277,8 +277,8 @@ class Rewind:
 
 @dataclass(frozen=True)
 class Save:
-    """Write a checkpoint now: what is about to go cannot be moved elsewhere, and the newest one is from before the notice,
-    or older than `rules.horizon_s`."""
+    """Write a checkpoint now: what is about to go cannot be moved, and the newest one is from before the notice, or
+    older than `rules.horizon_s`."""
 
 
 @dataclass(frozen=True)
