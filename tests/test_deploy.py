@@ -192,10 +192,8 @@ def test_the_cluster_launcher_takes_its_file():
     header = (DEPLOY / "cluster.yaml").read_text().partition("\ncluster_name")[0]
     (job,) = re.findall(r"ray job submit (.*?)\n#\n", header.replace("\\\n#", ""), re.DOTALL)
     asked = understood(shlex.split(job))
-    fewest, most = (
-        sum(one["resources"]["GPU"] * one[bound] for one in workers) for bound in ("min_workers", "max_workers")
-    )
-    assert asked.scaling.bounds == (fewest, most)
+    gpus_of = {name: one["resources"]["GPU"] * one["max_workers"] for name, one in types.items() if name != "head"}
+    assert asked.scaling.bounds == (gpus_of["steady"], sum(gpus_of.values()))
     assert config["docker"]["image"] == IMAGE
 
 
