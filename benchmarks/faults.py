@@ -138,12 +138,12 @@ def ends(run: Run) -> dict[str, Any]:
     }
 
 
-def ledger(run: Run) -> str | None:
-    """What is wrong with the journal; None if every group was trained once, in order."""
+def ledger(folder: Path, made: int, prompts: int) -> str | None:
+    """What is wrong with the journal in a run's folder; None if every group was trained once, in order."""
     from raytron.rl.buffer import from_line
 
     groups, steps = [], {}
-    for line in (run.folder / "rollouts.jsonl").read_bytes().splitlines(keepends=True):
+    for line in (folder / "rollouts.jsonl").read_bytes().splitlines(keepends=True):
         record = from_line(line)
         if isinstance(record, tuple):
             if steps.setdefault(record[0], record[1]) != record[1]:
@@ -153,8 +153,8 @@ def ledger(run: Run) -> str | None:
     trained = [index for step in sorted(steps) for index in steps[step]]
     if len(groups) != len(set(groups)):
         return "a group was recorded twice"
-    if trained != list(range(STEPS * PROMPTS)) or sorted(groups) != trained:
-        return f"{len(trained)} groups trained, {len(groups)} recorded, {STEPS * PROMPTS} expected"
+    if trained != list(range(made * prompts)) or sorted(groups) != trained:
+        return f"{len(trained)} groups trained, {len(groups)} recorded, {made * prompts} expected"
     return None
 
 
@@ -172,7 +172,7 @@ def drill(storage: str, seed: int, wanted: dict[str, Any]) -> dict[str, Any]:
         elif (got := ends(run)) != wanted:
             found["wrong"] = f"{got} instead of {wanted}"
         else:
-            found["wrong"] = ledger(run)
+            found["wrong"] = ledger(run.folder, STEPS, PROMPTS)
     except RuntimeError as error:
         found["wrong"] = str(error)
     finally:

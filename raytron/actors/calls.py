@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from raytron.actors.failures import DIED, GONE, HUNG, Failure, WorkerError, cause
 from raytron.actors.members import LOOK_S, SILENT_S, Member, living_nodes, ready
@@ -60,7 +60,7 @@ class Calls:
             reason = f"ranks {late} did not answer {self.method} within {timeout_s:g} s"
             self._abandon(reason)
             raise TimeoutError(reason) from None
-        except (RayActorError, RayTaskError) as error:
+        except (RayActorError, RayTaskError, ObjectLostError) as error:
             told = self._group.broken  # by whoever watches the ranks: then echoes are all there is to hear
             self._abandon(f"a rank failed in {self.method}")
             raise self._blame(error, 0.0 if told else SETTLE_S) from None
@@ -109,7 +109,7 @@ class Calls:
     def _failure(self, ref: ray.ObjectRef, member: Member) -> Failure | None:
         try:
             ray.get(ref)
-        except RayActorError as error:
+        except (RayActorError, ObjectLostError) as error:  # an answer may go down with its node
             text = str(error)
             return self._report(member, DIED, text[text.find(DEATH) + 1 :].strip())
         except RayTaskError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from raytron.actors.devices import Devices
 from raytron.actors.failures import DIED, GONE, HUNG
@@ -102,7 +102,7 @@ def ended(ref: ray.ObjectRef) -> bool:
     """Whether a call that is over ended with its actor. Looks at the result, or Ray would print a failure."""
     try:
         ray.get(ref)
-    except RayActorError:
+    except (RayActorError, ObjectLostError):
         return True
     except RayTaskError:
         return False

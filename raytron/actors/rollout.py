@@ -32,6 +32,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raytron.actors.failures import WorkerError
 from raytron.actors.fleet import Balancer, Fleet, Health
 from raytron.actors.placement import Berth, CapacityError
 from raytron.actors.replica import berths_for, bundles, start_engine
@@ -143,6 +144,7 @@ class RolloutGroup:
         self._due = False
         self._names = map(str, itertools.count())
         self._tasks: list[asyncio.Task[None]] = []
+        self._failure: Exception | None = None
         self._closed = False
 
     # ---------------------------------------------------------------------------------------------------------- a life
@@ -220,8 +222,11 @@ class RolloutGroup:
                 await self._replace(engine, f"it did not answer within {self._timeout_s:g} s")
         except Exception as error:  # nobody awaits this task: those who wait for answers must hear of it
             log.exception("the rollout group failed")
+            # A trainer that could not bring an engine its weights is started again, and the engines with it.
+            told = error if isinstance(error, WorkerError) else RolloutError(f"the rollout group failed: {error}")
+            self._failure = self._failure or told
             for pending in list(self._pending.values()):
-                self._fail(pending, RolloutError(f"the rollout group failed: {error}"))
+                self._fail(pending, told)
 
     async def _collected(self, engine: int) -> list[Done]:
         poll_s = min(POLL_S, self._timeout_s)
@@ -268,7 +273,10 @@ class RolloutGroup:
         for pending in list(self._pending.values()):
             self._fail(pending, RolloutError("the rollout group was closed"))
         actors = [actor for actor in self._actors if actor is not None]
-        closing = asyncio.gather(*(actor.close.remote() for actor in actors), return_exceptions=True)
+        # One that died may wait for a seat that never comes, and has nothing to close.
+        replaced = {e for e in self.fleet.of(Health.STARTING) if self.fleet.states[e].reason}
+        told = [actor for e, actor in enumerate(self._actors) if actor is not None and e not in replaced]
+        closing = asyncio.gather(*(actor.close.remote() for actor in told), return_exceptions=True)
         with suppress(TimeoutError):
             await asyncio.wait_for(closing, CLOSE_S)
         for actor in actors:
@@ -292,11 +300,14 @@ class RolloutGroup:
         Raises:
             ValueError: the request can never be answered.
             RolloutError: its engines died `attempts` times, or no engine is left.
+            WorkerError: a trainer died that was to bring an engine its weights.
         """
         if params.n != 1:
             raise ValueError(f"n is {params.n}; ask for each sample by itself, with the same group")
         if self._closed:
             raise RolloutError("the rollout group was closed")
+        if self._failure is not None:
+            raise self._failure
         request = Request(next(self._names), tuple(token_ids), params)
         pending = self._pending[request.id] = _Pending(request, group, self._attempts)
         self._arrived.append(pending)

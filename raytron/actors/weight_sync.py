@@ -34,6 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytron.actors.fleet import Health
 from raytron.actors.holder import Holder
+from raytron.actors.members import living_nodes
 from raytron.actors.rollout import RolloutError, RolloutGroup
 from raytron.actors.worker import Where
 from raytron.checkpoint.huggingface import small_files
@@ -54,6 +55,8 @@ from raytron.parallel.storage import torch_dtype
 __all__ = ["LocalTrainer", "PushReport", "Trainer", "WeightSync"]
 
 log = logging.getLogger(__name__)
+
+LOOK_S = 0.2  # how often to look for an engine while none runs
 
 
 class Trainer(Protocol):
@@ -155,7 +158,7 @@ class WeightSync:
         Raises:
             WeightUpdateError: an engine holds other weights than were pushed; names it and the tensor.
             WorkerError: a rank of the trainer failed; engines that had begun to take the push in are STALE.
-            RolloutError: no engine runs.
+            RolloutError: no engine is left.
         """
         async with self._lock:
             start = time.perf_counter()
@@ -175,7 +178,9 @@ class WeightSync:
             state.checksums = {**state.checksums, **combine(part.checksums for part in published)}
             state.version = version
             rollouts.fleet.published(version)
-            engines = sorted({*taking, *rollouts.fleet.of(Health.STALE, Health.READY)})
+            # One that came up where nothing is pushed to, meanwhile, is brought the weights by `_catch_up`.
+            running = rollouts.fleet.of(Health.STALE, Health.READY)
+            engines = sorted({*taking, *(engine for engine in running if self._known(engine))})
             updates = (self._update(engine, mode, taking.get(engine)) for engine in engines)
             answers = await asyncio.gather(*updates, return_exceptions=True)  # nobody reads any more when this returns
             if (error := next((answer for answer in answers if isinstance(answer, BaseException)), None)) is not None:
@@ -219,7 +224,8 @@ class WeightSync:
         if not engines:
             if state.directories or state.devices:
                 return  # those that are being started again will be given it
-            raise RolloutError("no engine runs that weights could be pushed to")
+            await self._nodes()
+            engines = rollouts.fleet.of(Health.STALE, Health.READY)
         devices = {engine: rollouts.device(engine) for engine in engines}
         if all(devices.values()) and not self._apart:
             if state.devices != devices:
@@ -227,11 +233,26 @@ class WeightSync:
                 self._state.devices = devices
                 await self._plan()
             return
-        nodes = sorted({rollouts.node(engine) for engine in engines})
-        if not state.directories or not set(nodes) <= set(state.directories):
+        if not state.directories or not {rollouts.node(engine) for engine in engines} <= set(state.directories):
+            nodes = await self._nodes()
             await self._close()
             await self._hold(nodes)
             await self._plan()
+
+    async def _nodes(self) -> list[str]:
+        """Nodes where engines run and that are there. While there is none, an engine that was lost is waited for."""
+        rollouts, waits = self._rollouts, False
+        while True:
+            nodes = {rollouts.node(engine) for engine in rollouts.fleet.of(Health.STALE, Health.READY)}
+            if nodes := sorted(nodes & living_nodes()):
+                return nodes
+            if rollouts.fleet.hopeless:
+                raise RolloutError("no engine is left that weights could be pushed to")
+            if not waits:
+                log.warning("no engine runs; a push waits for one that is started again")
+            waits = True
+            await rollouts.wake()  # the trainer is done with the seats that engines may share with it
+            await asyncio.sleep(LOOK_S)
 
     async def _hold(self, nodes: Sequence[str]) -> None:
         """A directory on each node."""
@@ -378,15 +399,34 @@ class WeightSync:
             state, rollouts = self._state, self._rollouts
             if engine not in rollouts.fleet.of(Health.STALE) or state.version is None:
                 return  # the next push will reach it
-            known = state.devices.get(engine) == rollouts.device(engine) or rollouts.node(engine) in state.directories
-            if not known:
-                log.warning("rollout engine %d was started on a new node; it waits for the next push", engine)
-                return
-            if state.devices:  # there is no copy of what was pushed, but the trainer may still hold just that
+            if not self._known(engine):
+                if not await self._extend():
+                    return
+            elif state.devices:  # there is no copy of what was pushed, but the trainer may still hold just that
                 published = await self._publish(delta=False)
                 if combine(part.checksums for part in published) != state.checksums:
                     return  # it trains: the next push is on its way
             await self._update(engine, "keep")
+
+    def _known(self, engine: int) -> bool:
+        """Whether what is pushed comes to where the engine is."""
+        state, rollouts = self._state, self._rollouts
+        return state.devices.get(engine, "") == rollouts.device(engine) != "" or (
+            rollouts.node(engine) in state.directories
+        )
+
+    async def _extend(self) -> bool:
+        """Have what is in force where all engines are, when one was started where nothing of it is.
+
+        The trainer may have moved on by now, which its checksums show: then the next push is on its way, and reaches
+        all of them. Otherwise nobody would push before this engine has answered.
+        """
+        version, checksums = self._state.version, self._state.checksums
+        published = await self._sent(await self._anew(False), False)
+        if combine(part.checksums for part in published) != checksums:
+            return False
+        self._state.version, self._state.checksums = version, checksums
+        return True
 
     async def _close(self) -> None:
         holders, self._state = self._state.holders, _State()

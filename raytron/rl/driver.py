@@ -12,7 +12,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -99,6 +99,7 @@ class _Run:
         self.overall: Overall | None = None
         self.algorithm = make(config.algorithm)
         self.mesh = Mesh(dp=config.dp(), pp=config.parallel.pp, tp=config.parallel.tp)
+        self.fitted = 0  # dp of the last attempt
         self.folder = RunFolder(config.run)
         self.folder.refuse_overwriting(config.resume)
         self.first: StepRecord | None = None
@@ -116,22 +117,27 @@ class _Run:
         others = [*engine_bundles(self.config.rollout), *self.scorers.bundles]
         slots = self.mesh.size * groups + math.ceil(sum(bundle.get("CPU", 0) for bundle in others))
         with Session(slots) as session, stop_requests() as stop:
-            self.mesh = replace(self.mesh, dp=fitting_dp(self.config, groups, others, cluster()))
-            self._announce()
-            config = self.config
-            checkpoint = attempts(
-                lambda resume: asyncio.run(self._attempt(session, stop, resume)),
-                config.run,
-                config.resume,
-                stop,
-                self._say,
-            )
+
+            def attempt(resume: bool) -> str | None:
+                self._fit(groups, others, session.wait_s)
+                return asyncio.run(self._attempt(session, stop, resume))
+
+            checkpoint = attempts(attempt, self.config.run, self.config.resume, stop, self._say)
         return self._finish(checkpoint, time.perf_counter() - start)
 
-    def _announce(self) -> None:
-        """How many ranks train, where that was not given."""
-        (low, high), mesh = self.config.scaling.bounds, self.mesh
-        if low < high:
+    def _fit(self, groups: int, others: Sequence[Mapping[str, float]], wait_s: float) -> None:
+        """Choose how many ranks train, where that was not given, and say so; fewer than before once a node is lost.
+
+        A failed attempt's seats are not free at once: they are waited for, `wait_s` at most.
+        """
+        (low, high), before, start = self.config.scaling.bounds, self.fitted, time.monotonic()
+        while (dp := fitting_dp(self.config, groups, others, cluster())) != before and before:
+            if time.monotonic() - start > wait_s:
+                break
+            time.sleep(0.1)
+        self.fitted, self.mesh = dp, replace(self.mesh, dp=dp)
+        if low < high and dp != before:
+            mesh = self.mesh
             self._say(
                 f"training on {mesh.size} ranks, of {low} to {high}: dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp}", ""
             )
