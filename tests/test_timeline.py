@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raytron.metrics import Span, Timeline, read_timeline, shares, timeline_page, timeline_png
+from raytron.metrics import Span, Timeline, read_lanes, read_timeline, shares, timeline_page, timeline_png
 
 
 def names(spans: list[Span]) -> list[tuple[str, str, int]]:
@@ -43,6 +43,7 @@ def test_what_happened_is_what_is_read(tmp_path):
     record(path)
     spans = read_timeline(path)
     assert names(spans) == [(*event, 1) for event in EVENTS]
+    assert read_lanes(path) == ["engine 0", "engine 1", "trainer", "saves"]
     train, generating, save, updating, restarting = spans
     assert train.args == {"step": 3}
     assert train.start <= generating.start <= train.start + train.seconds
@@ -133,6 +134,14 @@ def test_the_page_draws_every_span_where_it_was(tmp_path):
     assert [run["seconds"] for run in data["runs"]] == [10.0, 10.0]
     assert '<th scope="row">trainer</th><td>train 25.0%, score 10.0%</td>' in (tmp_path / "timeline.html").read_text()
     assert [file.name for file in tmp_path.iterdir()] == ["timeline.html"]
+
+
+def test_the_page_has_engines_first_then_reward_models_and_lanes_where_nothing_happened(tmp_path):
+    spans = [Span("reward model 1", "scoring", 100.0, 2.0), *SPANS, Span("reward model 0", "scoring", 100.0, 1.0)]
+    timeline_page(spans, tmp_path / "timeline.html", lanes=["engine 3", "engine 2", "judge"])
+    lanes = ["engine 2", "engine 3", "engine 10", "reward model 0", "reward model 1", "judge", "trainer"]
+    assert drawn(tmp_path / "timeline.html")["lanes"] == lanes
+    assert '<th scope="row">judge</th><td></td>' in (tmp_path / "timeline.html").read_text()
 
 
 def test_the_page_needs_nothing_else_and_is_used_by_keyboard(tmp_path):

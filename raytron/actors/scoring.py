@@ -62,6 +62,7 @@ class ScorerGroup:
 
     Attributes:
         failures: of replicas, so far.
+        on_state: told what a replica does from now on: "scoring", "idle", "restarting" or "lost".
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class ScorerGroup:
         self._unscored: set[_Pending] = set()  # those that wait, and what replicas have
         self._changed = asyncio.Condition()
         self._ended = ""  # why nothing can be scored any more
+        self.on_state: Callable[[int, str], None] | None = None
 
     # ---------------------------------------------------------------------------------------------------------- a life
 
@@ -158,12 +160,14 @@ class ScorerGroup:
         try:
             while (group := self._replicas[replica]) is not None:
                 batch = await self._next()
+                self._tell(replica, "scoring")
                 try:
                     calls = group.submit("score", [pending.tokens for pending in batch])
                     scores = (await asyncio.to_thread(calls.results, self._timeout_s))[0]
                 except (WorkerError, TimeoutError) as error:
                     await self._replace(replica, batch, _reason(error))
                     continue
+                self._tell(replica, "idle")
                 for pending, score in zip(batch, scores, strict=True):
                     if not pending.future.done():
                         pending.future.set_result(score)
@@ -194,6 +198,7 @@ class ScorerGroup:
     async def _replace(self, replica: int, batch: Sequence[_Pending], reason: str) -> None:
         """Issue again what a failed replica had, and start it anew; it is left out once that was too often."""
         log.warning("scorer %d failed: %s", replica, reason)
+        self._tell(replica, "restarting")
         for pending in batch:
             pending.lives -= 1
             if not pending.lives and not pending.future.done():
@@ -206,6 +211,11 @@ class ScorerGroup:
                 self._replicas[replica] = await asyncio.to_thread(self._started, max(self._wait_s, REPLACE_S))
             except (WorkerError, CapacityError) as error:
                 reason = f"it did not start again: {_reason(error)}"
+        self._tell(replica, "idle" if self._replicas[replica] is not None else "lost")
+
+    def _tell(self, replica: int, what: str) -> None:
+        if self.on_state is not None:
+            self.on_state(replica, what)
 
     def _may_start(self, reason: str) -> bool:
         """Whether a failed replica is started again; what waits is told when none is left."""

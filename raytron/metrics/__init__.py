@@ -19,7 +19,7 @@ from raytron.metrics.sinks import (
     TensorBoardSink,
     WandbSink,
 )
-from raytron.metrics.timeline import Span, Timeline, read_timeline, shares
+from raytron.metrics.timeline import Span, Timeline, read_lanes, read_timeline, shares
 from raytron.metrics.timeline_page import timeline_page, timeline_png
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Timeline",
     "WandbSink",
     "loss_curve_png",
+    "read_lanes",
     "read_records",
     "read_timeline",
     "shares",

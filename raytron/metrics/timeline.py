@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Span", "Timeline", "read_timeline", "shares"]
+__all__ = ["Span", "Timeline", "read_lanes", "read_timeline", "shares"]
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Timeline:
             self._states[lane] = name, now
 
     def close(self) -> None:
-        """End the states that last, and the file. Doing it again does nothing."""
+        """End the states that last, and the file; nothing is recorded afterwards. Doing it again does nothing."""
         for lane in list(self._states):
             self.state(lane, None)
         self._file.close()
@@ -104,7 +104,7 @@ class Timeline:
         self._event({"name": what, "ph": "M", "tid": tid, "args": {"name": name}})
 
     def _event(self, event: Mapping[str, Any]) -> None:
-        if self._full:
+        if self._full or self._file.closed:
             return
         try:
             self._file.write(json.dumps({"pid": self._pid, **event}) + ",\n")
@@ -123,14 +123,23 @@ def read_timeline(path: str | Path) -> list[Span]:
     """The spans of a file, in the order in which they ended."""
     lanes: dict[tuple[int, int], str] = {}
     spans = []
-    for line in _whole_lines(Path(path)).splitlines()[1:]:
-        event = json.loads(line.rstrip(","))
+    for event in _events(path):
         if event["name"] == "thread_name":
             lanes[event["pid"], event["tid"]] = event["args"]["name"]
         elif event["ph"] == "X":
             lane, start, seconds = lanes[event["pid"], event["tid"]], event["ts"] / 1e6, event["dur"] / 1e6
             spans.append(Span(lane, event["name"], start, seconds, event["pid"], event["args"]))
     return spans
+
+
+def read_lanes(path: str | Path) -> list[str]:
+    """All lanes of a file, also those where nothing has happened, in the order in which they were named."""
+    return list(dict.fromkeys(event["args"]["name"] for event in _events(path) if event["name"] == "thread_name"))
+
+
+def _events(path: str | Path) -> Iterator[dict[str, Any]]:
+    for line in _whole_lines(Path(path)).splitlines()[1:]:
+        yield json.loads(line.rstrip(","))
 
 
 def shares(spans: Sequence[Span]) -> dict[str, dict[str, float]]:

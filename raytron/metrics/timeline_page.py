@@ -40,7 +40,8 @@ td { font-variant-numeric: tabular-nums }
 <p><label>Start of the run <select id="run"></select></label></p>
 <p id="keys"></p>
 <canvas id="chart" tabindex="0" role="application" aria-describedby="help said"
-  aria-label="Timeline, a lane for each engine, the trainer, pushes of weights, evaluations and saves"></canvas>
+  aria-label="Timeline, a lane for each engine, reward model and judge, the trainer, pushes of weights,
+  evaluations and saves"></canvas>
 <p id="said" role="status" aria-live="polite"></p>
 <p id="help"><kbd>←</kbd> <kbd>→</kbd> move, <kbd>+</kbd> <kbd>−</kbd> zoom (or the wheel), <kbd>0</kbd> all of it,
 <kbd>↑</kbd> <kbd>↓</kbd> choose a lane, <kbd>,</kbd> <kbd>.</kbd> its previous and next span; or drag.%(cut)s</p>
@@ -158,25 +159,29 @@ if (data.runs.length) { $("run").value = data.runs.length - 1; show(data.runs.le
 """
 
 
-def timeline_page(spans: Sequence[Span], path: str | Path, title: str = "") -> None:
-    """Write the page; it replaces an older one atomically."""
+def timeline_page(spans: Sequence[Span], path: str | Path, title: str = "", lanes: Sequence[str] = ()) -> None:
+    """Write the page; it replaces an older one atomically.
+
+    lanes: those to show whether or not there are spans on them.
+    """
     cut = f" Only the newest {MOST:,} of {len(spans):,} spans are shown." if len(spans) > MOST else ""
-    text = _PAGE % {"title": escape(title), "cut": cut, "rows": _rows(spans), "data": _data(spans[-MOST:])}
+    rows, data = _rows(spans, lanes), _data(spans[-MOST:], lanes)
+    text = _PAGE % {"title": escape(title), "cut": cut, "rows": rows, "data": data}
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
 
 
-def _rows(spans: Sequence[Span]) -> str:
-    found = shares(spans)
-    told = {lane: ", ".join(f"{name} {share:.1%}" for name, share in found[lane].items()) for lane in _order(spans)[0]}
+def _rows(spans: Sequence[Span], lanes: Sequence[str]) -> str:
+    found, order = shares(spans), _order(spans, lanes)[0]
+    told = {lane: ", ".join(f"{name} {share:.1%}" for name, share in found.get(lane, {}).items()) for lane in order}
     return "\n".join(f'<tr><th scope="row">{escape(lane)}</th><td>{escape(of)}</td></tr>' for lane, of in told.items())
 
 
-def _data(spans: Sequence[Span]) -> str:
+def _data(spans: Sequence[Span], shown: Sequence[str]) -> str:
     """What the page's script draws. "<" is spelt so that nothing in it can end the script."""
-    lanes, names = _order(spans)
+    lanes, names = _order(spans, shown)
     runs: dict[int, dict[str, Any]] = {}
     for span in spans:
         run = runs.setdefault(span.start_of, {"zero": span.start, "spans": []})
@@ -193,14 +198,15 @@ def _data(spans: Sequence[Span]) -> str:
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _order(spans: Sequence[Span]) -> tuple[list[str], list[str]]:
-    """Lanes and names as they first appear, but engines first and by number."""
+def _order(spans: Sequence[Span], lanes: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Lanes, those given and more, and names as they first appear; but engines, then reward models first, by number."""
 
-    def place(lane: str) -> tuple[bool, int]:
-        kind, _, number = lane.partition(" ")
-        return kind != "engine", int(number) if number.isdecimal() else 0
+    def place(lane: str) -> tuple[int, int]:
+        kind, _, number = lane.rpartition(" ")
+        at = ("engine", "reward model").index(kind) if kind in ("engine", "reward model") else 2
+        return at, int(number) if at < 2 and number.isdecimal() else 0
 
-    lanes = sorted(dict.fromkeys(span.lane for span in spans), key=place)
+    lanes = sorted(dict.fromkeys([*lanes, *(span.lane for span in spans)]), key=place)
     return lanes, list(dict.fromkeys(span.name for span in spans))
 
 

@@ -154,9 +154,9 @@ class _Run:
             journal, buffer = self._books(version)
             seats = trainers.policy.berths
             engines = rollout_group(config, self.arch, self.task, self.folder, session.wait_s, seats)
-            scoring = self.scorers.running(session.wait_s)
-            with watched(engines, self.folder.path / TIMELINE, keep=version > 0) as self.timeline:
-                async with engines, scoring as self.overall:
+            lanes, file = self.scorers.lanes, self.folder.path / TIMELINE
+            with watched(engines, lanes, file, keep=version > 0) as self.timeline:
+                async with engines, self.scorers.running(session.wait_s, self.timeline) as self.overall:
                     sync = WeightSync(engines, trainers.policy, str(self.folder.path))
                     rollouts = Rollouts(buffer, journal, partial(self._roll, engines))
                     try:

@@ -92,10 +92,13 @@ async def trainers_turn(rollout: RolloutConfig, trainers: Trainers, engines: Rol
 
 
 @contextmanager
-def watched(engines: RolloutGroup, path: Path, keep: bool) -> Iterator[Timeline]:
-    """A timeline with a lane for each engine, which records what they do. keep: go on behind an earlier start's."""
+def watched(engines: RolloutGroup, judges: Sequence[str], path: Path, keep: bool) -> Iterator[Timeline]:
+    """A timeline with a lane for each engine, which records what they do.
+
+    judges: lanes of what judges. keep: go on behind an earlier start's.
+    """
     lanes = [f"engine {engine}" for engine in range(len(engines.configs))]
-    with Timeline(path, keep=keep, lanes=[*lanes, "trainer", "push", "evaluation", "saves"]) as timeline:
+    with Timeline(path, keep=keep, lanes=[*lanes, *judges, "trainer", "push", "evaluation", "saves"]) as timeline:
         engines.on_state = lambda engine, what: timeline.state(lanes[engine], None if what == "idle" else what)
         try:
             yield timeline

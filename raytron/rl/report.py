@@ -13,6 +13,7 @@ from raytron.metrics import (
     EvalRecord,
     StepRecord,
     Timeline,
+    read_lanes,
     read_records,
     read_timeline,
     shares,
@@ -123,7 +124,7 @@ def reward_curve_png(jsonl_path: Path, png_path: Path, title: str = "") -> None:
 def draw_timeline(folder: Path, title: str) -> dict[str, dict[str, float]]:
     """Draw a run's timeline as a page and a picture; the share of the time that each lane spent on what."""
     spans = read_timeline(folder / TIMELINE)
-    timeline_page(spans, folder / "timeline.html", title)
+    timeline_page(spans, folder / "timeline.html", title, read_lanes(folder / TIMELINE))
     timeline_png(spans, folder / "timeline.png", title)
     return shares(spans)
 
@@ -162,9 +163,10 @@ def summary(
 
 
 def _busy(shares: Mapping[str, Mapping[str, float]]) -> str:
-    """The share of the time in which each lane was at work, in a line; the mean of all engines."""
+    """The share of the time in which each lane was at work, in a line; of engines, and reward models, the mean."""
     totals = {lane: sum(of.values()) for lane, of in shares.items()}
-    engines = [share for lane, share in totals.items() if lane.startswith("engine")]
-    told = {"engines": sum(engines) / max(1, len(engines))}
-    told |= {lane: share for lane, share in totals.items() if not lane.startswith("engine")}
-    return ", ".join(f"{lane} {share:.0%}" for lane, share in told.items())
+    told = {"engines": 0.0}
+    for kind in ("engine", "reward model"):
+        if mine := [totals.pop(lane) for lane in list(totals) if lane.startswith(f"{kind} ")]:
+            told[f"{kind}s"] = sum(mine) / len(mine)
+    return ", ".join(f"{lane} {share:.0%}" for lane, share in (told | totals).items())

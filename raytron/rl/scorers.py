@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from raytron.actors import ScorerGroup
 from raytron.inference import Scorer
+from raytron.metrics import Timeline
 from raytron.models import read_arch
 from raytron.rl.config import JudgeConfig, RLConfig
-from raytron.rl.environments import Task
+from raytron.rl.environments import Generated, Prompt, Task
 from raytron.rl.rewards import LLMJudge, ModelReward, Overall, Reward, Weighted, chosen_label, overall, reader
 
 __all__ = ["Scorers"]
@@ -25,6 +27,7 @@ class Scorers:
 
     Attributes:
         bundles: resources that each replica of a reward model takes.
+        lanes: of a timeline of all that judges.
 
     Raises:
         ValueError: no such model or label, a template without an answer in it, another vocabulary than the task's.
@@ -34,6 +37,8 @@ class Scorers:
         self._config, self._reproducible = config.reward, config.reproducible
         model, judge = self._config.model, self._config.judge
         self.bundles: list[dict[str, float]] = []
+        self.lanes = [_lane(replica) for replica in range(model.replicas) if model.path is not None]
+        self.lanes += ["judge"] * (judge.url is not None)
         self._parts: list[tuple[float, Reward]] = [] if reward is None else [(1.0, reward)]
         if judge.url is not None:
             self._parts.append((judge.weight, _judge(judge)))
@@ -51,15 +56,20 @@ class Scorers:
             raise ValueError("reward.task weighs the task's verdict against a reward.model or reward.judge: name one")
 
     @asynccontextmanager
-    async def running(self, wait_s: float) -> AsyncIterator[Overall | None]:
+    async def running(self, wait_s: float, timeline: Timeline) -> AsyncIterator[Overall | None]:
         """What judges episodes, while its actors run; None where the task alone does.
+
+        timeline: gets a lane for each of the reward model's replicas, and for the judge.
 
         Raises CapacityError where the cluster cannot hold them, WorkerError where they cannot start.
         """
-        options, parts = self._config, list(self._parts)
+        options = self._config
+        parts = [(w, _Watched(r, timeline) if isinstance(r, LLMJudge) else r) for w, r in self._parts]
         async with AsyncExitStack() as stack:
             if options.model.path is not None:
-                group = await stack.enter_async_context(self._group(wait_s))
+                group = self._group(wait_s)
+                group.on_state = partial(_note, timeline)
+                await stack.enter_async_context(group)
                 model = ModelReward(group.score, self._arch, self._read, self._label)
                 parts.append((options.model.weight, model))
             yield overall(_sum(parts), options.task or 0.0, options.timeout_s) if parts else None
@@ -77,6 +87,33 @@ class Scorers:
             timeout_s=model.timeout_s,
             wait_s=wait_s,
         )
+
+
+def _note(timeline: Timeline, replica: int, what: str) -> None:
+    timeline.state(_lane(replica), None if what == "idle" else what)
+
+
+def _lane(replica: int) -> str:
+    return f"reward model {replica}"
+
+
+class _Watched:
+    """A judge with a lane on the timeline, where it judges for as long as it has something to judge."""
+
+    def __init__(self, judge: LLMJudge, timeline: Timeline) -> None:
+        self.concurrency, self.__name__ = judge.concurrency, type(judge).__name__  # as if it were the judge
+        self._judge, self._timeline, self._under_way = judge, timeline, 0
+
+    async def __call__(self, prompt: Prompt, answer: Generated) -> float:
+        self._count(1)
+        try:
+            return await self._judge(prompt, answer)
+        finally:
+            self._count(-1)
+
+    def _count(self, more: int) -> None:
+        self._under_way += more
+        self._timeline.state("judge", "judging" if self._under_way else None)
 
 
 def _sum(parts: list[tuple[float, Reward]]) -> Reward:

@@ -46,12 +46,15 @@ def test_scores_are_the_models_own_though_replicas_fail(cluster: Session, classi
 
     async def main() -> None:
         options_ = {"each": EACH, "max_failures": -1, "attempts": 9, **options}
+        states: list[str] = []
         async with ScorerGroup(Failing, (folder,), **options_) as group:
+            group.on_state = lambda replica, what: states.append(what)
             np.testing.assert_allclose(await all_of(group), wanted, atol=1e-5, rtol=1e-5)
             assert group.failures == 0 or how == "hang"
             Path(folder, "fail").write_text(how)
             np.testing.assert_allclose(await all_of(group), wanted, atol=1e-5, rtol=1e-5)
             assert group.failures > 0
+            assert {"scoring", "idle", "restarting"} == set(states)
 
     run(main)
 
@@ -64,11 +67,14 @@ def test_when_no_replica_is_left_nothing_is_scored(cluster: Session, tmp_path):
         async with ScorerGroup(Failing, (folder,), each=EACH, max_failures=9, attempts=2) as group:
             with pytest.raises(ScoringError, match="failed 2 times, last: process died"):
                 await group.score([1, 2])
+        states: dict[int, str] = {}
         async with ScorerGroup(Failing, (folder,), replicas=2, each=EACH, max_failures=0, attempts=9) as group:
+            group.on_state = states.__setitem__
             found = await asyncio.gather(*(group.score([1, 2]) for _ in range(6)), return_exceptions=True)
             assert {str(error).split(":")[0] for error in found} == {"no scorer is left"}
             with pytest.raises(ScoringError, match="no scorer is left"):
                 await group.score([1, 2])
+        assert "lost" in states.values()
         with pytest.raises(ScoringError):
             await group.score([1])
 

@@ -169,6 +169,10 @@ def test_a_run_is_rewarded_by_a_model_that_dies_on_the_way(cluster: Session, tmp
     for t in (t for group in groups for t in group.trajectories):
         score = scores_of(theirs, [t.tokens.tolist()])[0, 0]
         assert t.reward == pytest.approx(score + 0.25 * t.info["task_reward"], abs=1e-4)
+    spans = read_timeline(tmp_path / "scored" / "timeline.json")
+    did = {(span.lane, span.name) for span in spans if span.lane.startswith("reward model")}
+    assert {lane for lane, _ in did} == {"reward model 0", "reward model 1"}
+    assert {name for _, name in did} == {"scoring", "restarting"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from raytron import rl
 from raytron.actors import Session
 from raytron.config import RunConfig
+from raytron.metrics import read_timeline
 from raytron.rl.buffer import Journal
 from raytron.rl.config import JudgeConfig, RewardConfig
 from recipes.grpo import config as recipe
@@ -44,3 +45,5 @@ def test_a_run_is_rewarded_by_a_judge_whose_failures_are_counted(cluster: Sessio
     assert all("LLMJudge: JudgeError: no score from 0 to 7" in t.info["error"] for t in failed)
     assert {round(7 * t.reward, 5) for t in answers if t.reward is not None} <= set(range(8))
     assert result.metrics["rollout/excluded_total"] == len(failed)
+    spans = read_timeline(tmp_path / "judged" / "timeline.json")
+    assert {span.name for span in spans if span.lane == "judge"} == {"judging"}

@@ -1,19 +1,15 @@
 """The chat page in a real browser, headless: type, stream, stop, see an error; by keyboard, and on a phone."""
 
 import re
-import shutil
 
 import httpx
 import pytest
 
 from raytron.config import ServeConfig
+from tests.browser import CHROMIUM, FLAGS, needed, sync_api
 from tests.serving.conftest import save_model, serving
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+pytestmark = needed
 
 
 @pytest.fixture(scope="module")
