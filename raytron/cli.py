@@ -1,4 +1,4 @@
-"""The `raytron` command: what one does to data and models around a run. Runs themselves are recipes.
+"""The `raytron` command: what one does to data, models and live runs. Runs themselves are recipes.
 
 Every command is a light dataclass, its fields the command line and `run` the work, so that parsing needs tyro alone and
 `--help` is instant; torch, numpy and ray are imported by the work. Click and argparse would say every option twice,
@@ -29,7 +29,22 @@ if TYPE_CHECKING:
     from raytron.data import BlendedDataset, GPTDataset, MicroBatch, Tokenizer
     from raytron.models.base import ShardedModel
 
-__all__ = ["Bench", "Chat", "Convert", "Eval", "Generate", "Models", "Preprocess", "Serve", "main", "parse"]
+__all__ = [
+    "Bench",
+    "Chaos",
+    "Chat",
+    "Convert",
+    "Eval",
+    "Generate",
+    "Models",
+    "Preprocess",
+    "Reshape",
+    "Scale",
+    "Serve",
+    "Status",
+    "main",
+    "parse",
+]
 
 
 @dataclass(frozen=True)
@@ -476,6 +491,110 @@ def _named(model: str) -> tuple[str, str]:
     return Path(model).absolute().name, model
 
 
+@dataclass(frozen=True)
+class Status:
+    """Show how a run is doing: its ranks and where they are, its goodput, and what happened to it."""
+
+    target: Positional[str]
+    """Folder of the run (runs/NAME), or its name in the cluster of RAY_ADDRESS."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        """Print it; of a run that is not alive, the end of its journal."""
+        from raytron.actors import live
+
+        try:
+            with live.talking_to(self.target) as mailbox:
+                state = live.status(mailbox)
+        except ValueError as error:
+            print(f"{error}\n{live.last_words(self.target)}")
+            return
+        print(json.dumps(state) if self.json else live.describe(state))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Ask a live run for another number of ranks, within its scaling.num_workers. Nothing is restarted."""
+
+    target: Positional[str]
+    """Folder of the run (runs/NAME), or its name in the cluster of RAY_ADDRESS."""
+    num_workers: int
+    """Ranks."""
+
+    def run(self) -> None:
+        """Ask, and print the answer."""
+        _ask(self.target, {"num_workers": self.num_workers})
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """Ask a live run for another tensor or pipeline parallel size. Nothing is restarted."""
+
+    target: Positional[str]
+    """Folder of the run (runs/NAME), or its name in the cluster of RAY_ADDRESS."""
+    tp: int | None = None
+    """Tensor parallel size; by default the run's parallel.tp."""
+    pp: int | None = None
+    """Pipeline stages; by default the run's parallel.pp."""
+    num_workers: int | None = None
+    """Ranks; by default as many as there may be."""
+
+    def __post_init__(self) -> None:
+        if self.tp is None and self.pp is None:
+            raise ValueError("neither --tp nor --pp; name at least one of them")
+
+    def run(self) -> None:
+        """Ask, and print the answer."""
+        _ask(self.target, {"tp": self.tp, "pp": self.pp, "num_workers": self.num_workers})
+
+
+def _ask(run: str, request: dict[str, int | None]) -> None:
+    from raytron.actors import live
+
+    with live.talking_to(run) as mailbox:
+        print(live.ask(mailbox, request))
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """Kill random ranks of a live run, to see for yourself that it goes on. Its failure_config.max_failures counts."""
+
+    target: Positional[str]
+    """Folder of the run (runs/NAME), or its name in the cluster of RAY_ADDRESS."""
+    kill_every: str = "30s"
+    """Time between two: seconds, or 30s, 2m, 1h."""
+    how: Literal["kill", "stop"] = "kill"
+    """SIGKILL, or SIGSTOP: a process that is there and does nothing."""
+    most: int | None = None
+    """End after so many; by default with the run, or with Ctrl-C."""
+    seed: int | None = None
+    """Of the choice."""
+
+    def __post_init__(self) -> None:
+        _seconds(self.kill_every)
+
+    def run(self) -> None:
+        """Until the run is over."""
+        from raytron.actors import live
+
+        with live.talking_to(self.target) as mailbox:
+            count = live.chaos(mailbox, _seconds(self.kill_every), self.how, self.seed, print, self.most)
+        print(f"{count} ranks in all")
+
+
+def _seconds(text: str) -> float:
+    """30, 30s, 2m or 1h in seconds."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m", "h") else (text, "s")
+    try:
+        seconds = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"{text!r} is no time; write 30, 30s, 2m or 1h")
+    return seconds
+
+
 COMMANDS = {
     "preprocess": Preprocess,
     "models": Models,
@@ -485,6 +604,10 @@ COMMANDS = {
     "chat": Chat,
     "bench": Bench,
     "serve": Serve,
+    "status": Status,
+    "scale": Scale,
+    "reshape": Reshape,
+    "chaos": Chaos,
 }
 
 

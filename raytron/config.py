@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "ElasticConfig",
     "EngineConfig",
     "EvalConfig",
     "FailureConfig",
@@ -336,10 +337,10 @@ class LoggingConfig(Typed):
 
 @dataclass(frozen=True)
 class FailureConfig(Typed):
-    """Ray Train's: how many failures to survive by restarting from the newest checkpoint; -1 is any number."""
+    """Ray Train's: how many failures to survive; -1 is any number."""
 
     max_failures: int = 0
-    """Restarts allowed; -1 is any number."""
+    """Recoveries allowed, in place or from the newest checkpoint; -1 is any number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -401,11 +402,14 @@ class ScalingConfig(Typed):
     """Ray's strategy for the ranks of one replica."""
     accelerator_type: str | None = None
     """Only nodes with this accelerator, by Ray's name (H100, ...)."""
+    spares: int = 0
+    """Ranks kept started and ready beside those, to take the seat of one that is lost at once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         low, high = self.bounds
         _require(1 <= low <= high, f"scaling.num_workers {self.num_workers} must be at least 1, and min <= max")
+        _require(self.spares >= 0, f"scaling.spares is {self.spares}; it must not be negative")
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -416,6 +420,34 @@ class ScalingConfig(Typed):
     def gpus_per_worker(self) -> float:
         """GPUs of a rank."""
         return (self.resources_per_worker or {}).get("GPU", float(self.use_gpu))
+
+
+@dataclass(frozen=True)
+class ElasticConfig(Typed):
+    """How a run goes on when ranks are lost or hang, or when the cluster grows, shrinks or is asked to."""
+
+    in_place: bool = True
+    """Keep the ranks that are left and their memory after a failure; else all are started again from a checkpoint."""
+    hang_factor: float = 20.0
+    """A rank hangs that gets on with nothing for so many times the median step, while it waits for no other ..."""
+    hang_s: float = 120.0
+    """... but not before so many seconds; it is ended then, as if it had died."""
+    silence_s: float = 20.0
+    """So does a process that is not heard of for so many seconds."""
+    replace_slow: bool = False
+    """Replace a rank whose own work takes longer than its peers', where that saves more time than it costs."""
+    hold_s: float = 10.0
+    """No growing sooner than this after a failure or a change of size."""
+    wait_s: float = 1800.0
+    """How long to wait for a cluster that cannot hold the fewest ranks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.hang_factor > 1, f"elastic.hang_factor is {self.hang_factor}; it must exceed 1")
+        for name in ("hang_s", "silence_s"):
+            _require(getattr(self, name) > 0, f"elastic.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("hold_s", "wait_s"):
+            _require(getattr(self, name) >= 0, f"elastic.{name} is {getattr(self, name)}; it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -630,6 +662,7 @@ class PretrainConfig(TrainConfig):
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
     resume: bool = True
     """Continue from the newest checkpoint under storage_path/name when there is one."""
 

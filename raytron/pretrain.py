@@ -3,8 +3,9 @@
     driver:  check -> prepare data -> Ray -> actors -> load -> [ steps -> evaluate -> save ]* -> summary
     actors:  every rank reads its own samples and trains its shard (`PretrainTask`); the driver sees only metrics
 
-Ctrl-C and SIGTERM finish the steps under way, save and return; a second Ctrl-C leaves at once. When actors fail,
-`failure_config.max_failures` says how often the run starts them again from the newest checkpoint.
+Ctrl-C and SIGTERM finish the steps under way, save and return; a second Ctrl-C leaves at once. When ranks are lost the
+others go on with what they hold, at the step they were at (elastic.py); where that is not possible the actors start
+again from the newest checkpoint. `failure_config.max_failures` says how often.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from raytron.actors import CapacityError, Session, TrainerGroup, from_ray_train, result
+from raytron.actors.control import Control
+from raytron.actors.elastic import Elastic, Rewound
+from raytron.actors.moves import Job
 from raytron.actors.placement import Node, cluster, ranks_that_fit
-from raytron.actors.runs import RunFolder, attempts, stop_requests
+from raytron.actors.policy import Rules, Unit
+from raytron.actors.runs import Failures, RunFolder, attempts, stop_requests
 from raytron.actors.trainer import resources
 from raytron.config import PretrainConfig, RunConfig, ScalingConfig
 from raytron.data import build_datasets, load_tokenizer, prepare, unigram_entropy
@@ -37,6 +42,7 @@ from raytron.metrics import (
 from raytron.models.registry import resolve
 from raytron.parallel.mesh import Mesh
 from raytron.training.memory import MemoryEstimate, estimate_memory
+from raytron.training.seating import Holdings, Seating, at_risk, covered, seat
 from raytron.training.task import PretrainTask, sample_counts
 
 if TYPE_CHECKING:
@@ -160,35 +166,82 @@ class Run:
         self.prepare(os.environ.get("RAYTRON_CACHE") or str(self.folder.path / "data"))
         check_vocabulary(self.prepared.vocab_size, self.arch.vocab_size)
         self.folder.describe(self.config)
-        with Session(slots=self.mesh.size) as session, stop_requests() as stop:
+        with Session(slots=self.mesh.size + self.config.scaling.spares) as session, stop_requests() as stop:
             self.mesh = replace(self.mesh, dp=fitting_dp(self.config, cluster()))
             self._announce()
             refuse_if_too_big(self.memory, self.mesh, self.config)
-            once = partial(self._attempt, session, stop)
-            checkpoint = attempts(once, self.config.run, self.config.resume, stop, self.say)
+            config, failures = self.config, Failures(self.config.run.failure_config.max_failures)
+            with Control(config.run.name, self.folder.path, config.elastic, config.steps, self.say) as control:
+                once = partial(self._attempt, session, control, failures, stop)
+                checkpoint = attempts(once, config.run, config.resume, stop, self.say, failures)
         return self._finish(checkpoint, time.perf_counter() - start)
 
-    def _attempt(self, session: Session, stop: threading.Event, resume: bool) -> str | None:
-        with TrainerGroup(self.mesh, self.config.scaling, wait_s=session.wait_s) as group:
-            group.create(self.task, self.config, self.arch, self.prepared, self.folder.checkpoints)
+    def _attempt(
+        self, session: Session, control: Control, failures: Failures, stop: threading.Event, resume: bool
+    ) -> str | None:
+        config, told = self.config, (self.config, self.arch, self.prepared, self.folder.checkpoints)
+        with TrainerGroup(self.mesh, config.scaling, wait_s=session.wait_s) as group, control.watching(group):
+            group.create(self.task, *told)
             step, damaged = group.load() if resume else (0, [])
-            for problem in damaged:
-                self.say(f"passed over a damaged checkpoint: {problem}")
-            if step:
-                self.say(f"continuing from step {step} of {self.folder.checkpoints}", style="")
-            sinks = self.folder.sinks(self.config, self.console, step)
-            with MetricsWriter(sinks) as writer:
-                self._loop(group, writer, step, stop)
-            return group.call("latest")[0]
+            elastic = self._elastic(group, control, failures, stop)
+            self._warn(group)
+            while True:
+                try:
+                    return self._go_on(elastic, step, damaged, stop)
+                except Rewound as back:
+                    step, damaged = back.step, back.damaged
 
-    def _loop(self, group: TrainerGroup, writer: MetricsWriter, step: int, stop: threading.Event) -> None:
+    def _elastic(self, group: TrainerGroup, control: Control, failures: Failures, stop: threading.Event) -> Elastic:
+        config, arch, elastic = self.config, self.arch, self.config.elastic
+        job = Job(
+            newcomer=partial(_newcomer, self.task, config, arch, self.prepared, self.folder.checkpoints),
+            covered=partial(covered, config, arch),
+            seat=partial(seat, config, arch),
+            fits=partial(fits, config, arch),
+        )
+        return Elastic(
+            group,
+            job,
+            control,
+            bounds=config.scaling.bounds,
+            shapes=shapes(config, arch),
+            most_dp=config.global_batch_size // config.micro_batch_size,
+            failures=failures,
+            rules=Rules(hold_s=elastic.hold_s, wait_s=elastic.wait_s, spares=config.scaling.spares),
+            stop=stop,
+            in_place=elastic.in_place,
+        )
+
+    def _warn(self, group: TrainerGroup) -> None:
+        """Say what no second node holds, where a failure is to be survived and there are several nodes."""
+        nodes = {member.name: member.where.node for member in group.members}
+        if self.config.run.failure_config.max_failures == 0 or len(set(nodes.values())) == 1:
+            return
+        alone = at_risk(self.config, self.arch, Seating(group.mesh, tuple(nodes)), nodes.__getitem__)
+        if any(alone.values()):
+            self.say(
+                f"each of {len(alone)} nodes has up to {max(alone.values()) / 1e6:,.1f} MB that no other has; losing "
+                "it takes the run back to its newest checkpoint (parallel.twins keeps a second copy of shards)"
+            )
+
+    def _go_on(self, elastic: Elastic, step: int, damaged: Sequence[str], stop: threading.Event) -> str | None:
+        """From `step` to the end; where the newest checkpoint is."""
+        for problem in damaged:
+            self.say(f"passed over a damaged checkpoint: {problem}")
+        if step:
+            self.say(f"continuing from step {step} of {self.folder.checkpoints}", style="")
+        with MetricsWriter(self.folder.sinks(self.config, self.console, step)) as writer:
+            self._loop(elastic, writer, step, stop)
+        return elastic.call("call", "latest")[0]
+
+    def _loop(self, elastic: Elastic, writer: MetricsWriter, step: int, stop: threading.Event) -> None:
         """Steps up to each milestone, then what is due there; at the end always an evaluation and a save."""
         config = self.config
         evaluate_every, save_every = config.evaluation.interval, config.run.checkpoint_config.interval
         due = [n for n in (evaluate_every, save_every) if n > 0]
         while step < config.steps and not stop.is_set():
             milestone = min(config.steps, *(step - step % n + n for n in due)) if due else config.steps
-            for record in group.steps(milestone - step, stop.is_set):
+            for record in elastic.steps(step, milestone - step, stop.is_set):
                 self.progress.step(record)
                 writer.write(record)
                 self.say(record.notice)
@@ -196,17 +249,18 @@ class Run:
             end = step == config.steps or stop.is_set()
             # The evaluation's record is on disk before the checkpoint it belongs to exists: a resume keeps both.
             if not stop.is_set() and (end or (evaluate_every and step % evaluate_every == 0)):
-                self._evaluate(group, writer)
+                self._evaluate(elastic, writer)
             if end or (save_every and step % save_every == 0):
-                self.say(group.save(wait=end))
+                self.say(elastic.call("save", wait=end))
+                elastic.saved()
 
     def say(self, what: str | None, style: str = "yellow") -> None:
         """Print a line as it is: paths are not broken."""
         if what:
             self.console.print(what, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    def _evaluate(self, group: TrainerGroup, writer: MetricsWriter) -> None:
-        record = group.evaluate()
+    def _evaluate(self, elastic: Elastic, writer: MetricsWriter) -> None:
+        record = elastic.call("evaluate")
         if record is not None:
             self.progress.held_out = record
             writer.write(record)
@@ -257,6 +311,31 @@ class Run:
         return metrics
 
 
+def _newcomer(task: type, config: PretrainConfig, arch: Any, prepared: Any, checkpoints: str, world: None) -> Any:
+    """A rank's task that joins a run."""
+    return task(world, config, arch, prepared, checkpoints, fresh=True)
+
+
+def shapes(config: PretrainConfig, arch: Any) -> tuple[Unit, ...]:
+    """Shapes of a replica that the model can have: the configured one, then smaller ones made by halving it."""
+    parallel = config.parallel
+    if parallel.virtual_stages > 1 or parallel.layers_per_stage is not None:
+        return (Unit(parallel.pp, 1, parallel.tp),)
+    sizes = ((parallel.tp >> i, parallel.pp >> j) for i in range(8) for j in range(8))
+    found = dict.fromkeys(Unit(pp, 1, tp) for tp, pp in sizes if tp and pp and fits(config, arch, tp, pp))
+    return tuple(sorted(found, key=lambda unit: (-unit.size, -unit.tp)))
+
+
+def fits(config: PretrainConfig, arch: Any, tp: int, pp: int) -> bool:
+    """Whether the model can be cut into tp x pp parts."""
+    mesh = Mesh(pp=pp, tp=tp)
+    try:
+        Holdings(config, arch, Seating(mesh, tuple(map(str, range(mesh.size)))))
+    except ValueError:
+        return False
+    return True
+
+
 def check_vocabulary(entries: int, vocab_size: int) -> None:
     """ValueError where the tokenizer's ids do not fit the model, or the model has far more rows than ids."""
     if entries <= vocab_size <= entries + VOCABULARY_SLACK:
@@ -269,7 +348,7 @@ def check_vocabulary(entries: int, vocab_size: int) -> None:
 
 
 def fitting_dp(config: PretrainConfig, nodes: Sequence[Node]) -> int:
-    """The largest dp that `scaling.num_workers` allows, the free seats hold, and the global batch divides by.
+    """The largest dp that `scaling.num_workers` allows, the free seats hold, and the global batch has sequences for.
 
     Where not even the fewest ranks fit it is that of the most: placing them says what was asked and what is there.
     """
@@ -277,7 +356,7 @@ def fitting_dp(config: PretrainConfig, nodes: Sequence[Node]) -> int:
     unit = config.parallel.tp * config.parallel.pp
     free = ranks_that_fit(nodes, resources(config.scaling), config.parallel.tp)
     for workers in range(min(high, free) // unit * unit, low - 1, -unit):
-        if config.global_batch_size % (workers // unit * config.micro_batch_size) == 0:
+        if workers // unit * config.micro_batch_size <= config.global_batch_size:
             return workers // unit
     return high // unit
 

@@ -151,6 +151,8 @@ def flip_a_bit(path: Path) -> None:
         (["convert", "{model}", "{model}"], "can't be converted into itself"),
         (["preprocess", "{tmp}", "--output", "{tmp}/x", "--tokenizer", "byte"], "nothing to read"),
         (["preprocess", "{text}", "--output", "{tmp}/x", "--tokenizer", "nope"], "tokenizer 'nope' isn't there"),
+        (["scale", "{tmp}", "--num-workers", "2"], "give its folder, or set RAY_ADDRESS"),
+        (["chaos", "{tmp}"], "give its folder, or set RAY_ADDRESS"),
     ],
 )
 def test_bad_input_is_a_value_error_with_the_mend(
@@ -161,7 +163,17 @@ def test_bad_input_is_a_value_error_with_the_mend(
         main([arg.format(**named) for arg in args])
 
 
-@pytest.mark.parametrize("args", [["eval", "a", "b", "--samples", "0"], ["preprocess", "--output", "x"], ["nope"], []])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["eval", "a", "b", "--samples", "0"],
+        ["preprocess", "--output", "x"],
+        ["chaos", "x", "--kill-every", "soon"],
+        ["reshape", "x"],
+        ["nope"],
+        [],
+    ],
+)
 def test_a_slip_on_the_command_line_ends_with_2(args: list[str], capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as end:
         parse(args)

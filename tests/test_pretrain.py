@@ -190,5 +190,5 @@ def test_a_run_takes_as_many_ranks_as_the_cluster_has_room_for(tmp_path):
     config = tiny(tmp_path, parallel=ParallelConfig(tp=2), scaling=ScalingConfig(num_workers=(2, 8)))
     assert pretrain.fitting_dp(config, nodes(64)) == 4
     assert pretrain.fitting_dp(config, nodes(3, 2)) == 2
-    assert pretrain.fitting_dp(config, nodes(7)) == 2  # a global batch of 8 does not divide by 3
+    assert pretrain.fitting_dp(config, nodes(7)) == 3  # which may have 3, 3 and 2 of a global batch of 8
     assert pretrain.fitting_dp(config, nodes(1)) == 4  # placing it says what is missing

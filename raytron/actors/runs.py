@@ -20,7 +20,7 @@ from raytron.checkpoint import Storage
 from raytron.config import RunConfig, to_dict
 from raytron.metrics import JsonlSink, MlflowSink, ProgressSink, PrometheusSink, TensorBoardSink, WandbSink
 
-__all__ = ["RunFolder", "attempts", "stop_requests", "versions"]
+__all__ = ["Failures", "RunFolder", "attempts", "stop_requests", "versions"]
 
 T = TypeVar("T")
 
@@ -89,8 +89,27 @@ class RunFolder:
                 self.storage.write(part.as_posix(), file.read_bytes())
 
 
+class Failures:
+    """How often a run has failed, over all its attempts; `allowed` (-1: any number) of them it survives."""
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed, self.count = allowed, 0
+        self._last: BaseException | None = None
+
+    def survives(self, failure: BaseException) -> bool:
+        """Count it, once, and say whether it is survived."""
+        if failure is not self._last:
+            self.count, self._last = self.count + 1, failure
+        return self.allowed < 0 or self.count <= self.allowed
+
+
 def attempts(
-    attempt: Callable[[bool], T], run: RunConfig, resume: bool, stop: threading.Event, say: Callable[[str], None]
+    attempt: Callable[[bool], T],
+    run: RunConfig,
+    resume: bool,
+    stop: threading.Event,
+    say: Callable[[str], None],
+    failures: Failures | None = None,
 ) -> T:
     """What `attempt(resume)` returns, tried again from the newest checkpoint after every failure that `run` allows.
 
@@ -98,22 +117,24 @@ def attempts(
         resume: whether the first attempt continues from a checkpoint; all others do.
         stop: once it is set, a failure is the last.
         say: takes a line for the user.
+        failures: where they are counted, if not all of them end an attempt.
 
     Raises:
         ValueError: a rank failed over something that the user has to mend.
         WorkerError: ranks failed more often than `run.failure_config.max_failures`.
     """
-    failures, allowed = 0, run.failure_config.max_failures
+    failures = failures or Failures(run.failure_config.max_failures)
+    again = False
     while True:
         try:
-            return attempt(resume or failures > 0)
+            return attempt(resume or again)
         except WorkerError as error:
             if error.failure.kind in USER_ERRORS:  # it would fail again
                 raise ValueError(error.failure.message) from error
-            failures += 1
-            if 0 <= allowed < failures or stop.is_set():
+            if not failures.survives(error) or stop.is_set():
                 raise
-            say(f"{error}\nfailure {failures} of {allowed}: starting the actors again")
+            again = True
+            say(f"{error}\nfailure {failures.count} of {failures.allowed}: starting the actors again")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from raytron.actors import Failure, WorkerError
-from raytron.actors.runs import attempts
+from raytron.actors.runs import Failures, attempts
 from raytron.config import FailureConfig, RunConfig
 
 
@@ -62,4 +62,15 @@ def test_what_the_user_has_to_mend_is_not_tried_again():
     attempt, calls = failing("ValueError")
     with pytest.raises(ValueError, match="the message"):
         tried(attempt, -1)
+    assert len(calls) == 1
+
+
+def test_failures_are_counted_over_attempts_and_each_once():
+    failures, errors = Failures(2), [RuntimeError(), RuntimeError(), RuntimeError()]
+    assert [failures.survives(error) for error in (errors[0], errors[0], errors[1], errors[1])] == [True] * 4
+    assert failures.count == 2
+    assert not failures.survives(errors[2])
+    attempt, calls = failing("process died")
+    with pytest.raises(WorkerError):
+        attempts(attempt, RunConfig(), False, threading.Event(), print, failures)  # what went before counts
     assert len(calls) == 1

@@ -1,0 +1,161 @@
+"""A run's connection to the world: it is watched, talked to, told of, and what happens to it is written down.
+
+Everything here is about knowing; what to do about it is decided and done elsewhere (policy.py, elastic.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from raytron.actors.health import Limits, Watch
+from raytron.actors.journal import Journal
+from raytron.actors.mailbox import open_mailbox
+from raytron.actors.policy import Decision
+from raytron.actors.reseating import ElasticGroup
+from raytron.config import ElasticConfig
+
+__all__ = ["CLUSTER", "Control"]
+
+CLUSTER = "cluster.json"  # in the run's folder: where its driver and its mailbox are
+VISIT_S = 1.0  # between two visits to the mailbox
+SAID = ("fault", "hung", "node", "drain", "deadlock", "decided", "recovered", "rewound", "resized", "no newcomers")
+PATIENCE_S = 5.0  # with the mailbox
+
+
+class Control:
+    """Of the run `name`, for all its attempts.
+
+    Args:
+        folder: the run's, where the journal and the address of its cluster are kept.
+        config: the run's. steps: of the whole run.
+        say: takes a line for the user.
+
+    Attributes:
+        watch: of the group at hand, see `watching`.
+    """
+
+    def __init__(self, name: str, folder: Path, config: ElasticConfig, steps: int, say: Callable[[str], None]) -> None:
+        self._steps, self._say, self._stragglers = steps, say, config.replace_slow
+        self._limits = Limits(config.silence_s, config.hang_s, config.hang_factor)
+        self._journal = Journal(folder / "journal.jsonl")
+        self._mailbox = open_mailbox(name)
+        where = {"address": ray.get_runtime_context().gcs_address, "pid": os.getpid()}
+        (folder / CLUSTER).write_text(json.dumps(where) + "\n")
+        self._lock = threading.Lock()
+        self._asked: list[dict[str, Any]] = []
+        self._answers: dict[int, str] = {}
+        self._status: dict[str, Any] = {"run": name, "steps": steps, "step": 0, "pid": os.getpid()}
+        self._start_s, self._useful_s, self._recoveries, self._visited_s = time.time(), 0.0, 0, 0.0
+        self._last: tuple[Any, ...] = ()
+        self.watch: Watch | None = None
+
+    @contextmanager
+    def watching(self, group: ElasticGroup) -> Iterator[Watch]:
+        """Watch `group`, and be talked to, for the length of the block."""
+        with Watch(group, self._limits, lambda event, what: self.note(event, what=what), self._visit) as self.watch:
+            yield self.watch
+        self._visit(last=True)
+
+    def note(self, event: str, **what: Any) -> None:
+        """Write down that this happened now."""
+        self._recoveries += event in ("recovered", "rewound")
+        if event != "decided":
+            self._last = ()
+        self._journal.note(event, **what)
+        if event in SAID:
+            self._say(_line(event, what))
+
+    def decided(self, decision: Decision) -> None:
+        """Write down what was decided and why, once while it stays the same."""
+        action, mesh = decision.action, decision.mesh
+        kind = type(action).__name__.lower()
+        if (kind, mesh, decision.leave) != self._last:
+            self._last = (kind, mesh, decision.leave)
+            self.note("decided", action=kind, mesh=_sizes(mesh), leave=list(decision.leave), reason=decision.reason)
+
+    def stepped(self, record: Any) -> None:
+        """A step was done."""
+        self._useful_s += record.step_time_s
+        self.watch.step(record.step_time_s)
+        self._status |= {"step": record.step, "loss": record.loss, "step_time_s": record.step_time_s}
+
+    def seated(self, group: ElasticGroup) -> None:
+        """The group sits as it does now."""
+        rows = [(m.rank, m.name, m.where) for m in (*group.members, *group.spares)]
+        ranks = [{"rank": rank, "place": name, **asdict(where)} for rank, name, where in rows]
+        self._status |= {"mesh": _sizes(group.mesh), "generation": group.generation, "ranks": ranks}
+
+    def slow(self) -> Mapping[str, float]:
+        """Scores of seated members, where anybody wants to hear of slow ones."""
+        return self.watch.slow() if self._stragglers else {}
+
+    def left_s(self, step: int) -> float:
+        """How long the run will go on, as far as is known."""
+        return (self._steps - step) * self.watch.step_s if self.watch.step_s else float("inf")
+
+    def requests(self) -> list[dict[str, Any]]:
+        """What users have asked for since the last time."""
+        with self._lock:
+            asked, self._asked = self._asked, []
+        return asked
+
+    def answer(self, asked: Mapping[str, Any], refusal: str | None) -> None:
+        """Tell whoever asked that it will be done, or why not."""
+        with self._lock:
+            self._answers[asked["number"]] = refusal or ""
+        wish = {key: value for key, value in asked.items() if key != "number"}
+        self.note("request", asked=wish, refused=refusal)
+
+    def close(self) -> None:
+        """Be reachable no more."""
+        ray.kill(self._mailbox)
+
+    def __enter__(self) -> Control:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _visit(self, last: bool = False) -> None:
+        if not last and time.monotonic() - self._visited_s < VISIT_S:
+            return
+        self._visited_s = time.monotonic()
+        with self._lock:
+            answers, self._answers = self._answers, {}
+        try:
+            asked = ray.get(self._mailbox.visit.remote(self.status(), answers), timeout=PATIENCE_S)
+        except (RayError, TimeoutError):  # the run does not depend on it
+            return
+        with self._lock:
+            self._asked += asked
+
+    def status(self) -> dict[str, Any]:
+        """JSON-ready: what `raytron status` shows."""
+        wall = time.time() - self._start_s
+        numbers = {"wall_s": wall, "goodput": min(1.0, self._useful_s / wall), "recoveries": self._recoveries}
+        return {**self._status, **numbers, "events": self._journal.recent}
+
+
+def _sizes(mesh: Any) -> list[int]:
+    return [mesh.dp, mesh.pp, mesh.cp, mesh.tp]
+
+
+def _line(event: str, what: Mapping[str, Any]) -> str:
+    """What the user hears of an event."""
+    if event in ("recovered", "rewound", "resized"):
+        dp, pp, _, tp = what["mesh"]
+        took = sum(seconds for part, seconds in what.items() if part.endswith("_s") and part != "recovery_s")
+        seconds = what.get("recovery_s", took)
+        return f"{event}: dp {dp} x pp {pp} x tp {tp} after {seconds:.2f} s, {what['bytes_moved'] / 1e6:,.1f} MB moved"
+    return str(what.get("what") or what.get("reason") or f"{event}: {what.get('why')}")

@@ -1,0 +1,150 @@
+"""What another process says to a live run, and hears from it: `raytron status`, `scale`, `reshape` and `chaos`.
+
+A run is named by its folder (`runs/NAME`, where its cluster's address is kept) or, in the cluster of `RAY_ADDRESS`, by
+its name alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raytron.actors.control import CLUSTER
+from raytron.actors.journal import read_journal
+from raytron.actors.mailbox import NAMESPACE, find_mailbox
+
+__all__ = ["ask", "chaos", "describe", "last_words", "status", "talking_to"]
+
+ANSWER_S = 60.0  # a driver looks at its requests between steps
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+
+def folder_of(run: str) -> Path | None:
+    """The folder of the run, if it is on this machine."""
+    return next((path for path in (Path(run), Path("runs") / run) if (path / CLUSTER).is_file()), None)
+
+
+@contextmanager
+def talking_to(run: str) -> Iterator[Any]:
+    """The live run's mailbox, connected to its cluster for the length of the block.
+
+    Raises:
+        ValueError: it is not alive, or it is not known where it is.
+    """
+    folder = folder_of(run)
+    if folder is None and not os.environ.get("RAY_ADDRESS"):
+        raise ValueError(f"no folder {run} or runs/{run} of a run; give its folder, or set RAY_ADDRESS to its cluster")
+    where = json.loads((folder / CLUSTER).read_text()) if folder else {}
+    name = folder.resolve().name if folder else run
+    try:
+        ray.init(where.get("address"), namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
+        raise ValueError(
+            f"run {name!r} is not alive: there is no cluster at {where.get('address')} any more"
+        ) from error
+    try:
+        yield find_mailbox(name)
+    finally:
+        ray.shutdown()
+
+
+def ask(mailbox: Any, request: Mapping[str, Any], wait_s: float = ANSWER_S) -> str:
+    """Leave a request with a run, and what became of it, in words.
+
+    Raises:
+        ValueError: it is refused, with the reason.
+    """
+    number = ray.get(mailbox.ask.remote(dict(request)))
+    deadline = time.monotonic() + wait_s
+    while (answer := ray.get(mailbox.answer.remote(number))) is None:
+        if time.monotonic() > deadline:
+            return "asked; the run has not looked at it yet, which it does between steps"
+        time.sleep(0.2)
+    if answer:
+        raise ValueError(answer)
+    return "the run has taken it on, and changes at a step boundary as soon as there is room; `raytron status` tells"
+
+
+def status(mailbox: Any) -> dict[str, Any]:
+    """The run's, as of a second ago."""
+    return ray.get(mailbox.status.remote())
+
+
+def describe(state: Mapping[str, Any]) -> str:
+    """A status in words and lines."""
+    if not state.get("ranks"):
+        return f"{state.get('run')}: starting"
+    dp, pp, _, tp = state["mesh"]
+    nodes = {rank["node"] for rank in state["ranks"]}
+    lines = [
+        f"{state['run']}: step {state['step']} of {state['steps']}, {state.get('step_time_s', 0):.3g} s each; "
+        f"up for {state['wall_s']:.0f} s, goodput {100 * state['goodput']:.1f} %, {state['recoveries']} recoveries",
+        f"dp {dp} x pp {pp} x tp {tp} on {len(nodes)} nodes, generation {state['generation']}",
+    ]
+    for rank in state["ranks"]:
+        who = "spare" if rank["rank"] is None else f"rank {rank['rank']}"
+        lines.append(f"  {who:8} {rank['place']:10} {rank['host']} node {rank['node'][:8]} pid {rank['pid']}")
+    return "\n".join([*lines, *told(state["events"])])
+
+
+def told(events: list[Mapping[str, Any]]) -> list[str]:
+    """Journal entries as lines."""
+    lines = []
+    for event in events:
+        clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+        rest = {key: value for key, value in event.items() if key not in ("time", "event", "reason", "what")}
+        words = event.get("reason") or event.get("what") or ""
+        lines.append(f"{clock} {event['event']}: {words} {' '.join(f'{k} {v}' for k, v in rest.items())}".rstrip())
+    return lines
+
+
+def last_words(run: str) -> str:
+    """What the journal of a run that is not alive says."""
+    folder = folder_of(run)
+    events = read_journal(folder / "journal.jsonl")[-20:] if folder else []
+    return "\n".join(told(events)) or "nothing is known of it"
+
+
+def chaos(
+    mailbox: Any, every_s: float, how: str, seed: int | None, say: Callable[[str], None], most: int | None = None
+) -> int:
+    """End or stop a random rank of the run every `every_s` seconds, until it is over or `most` were; how many were."""
+    choice, count = random.Random(seed), 0
+    while most is None or count < most:
+        time.sleep(every_s)
+        try:
+            ranks = [rank for rank in status(mailbox).get("ranks", ()) if rank["rank"] is not None]
+        except ray.exceptions.RayActorError:
+            break
+        if ranks:
+            victim = choice.choice(ranks)
+            _send(victim["node"], victim["pid"], SIGNALS[how])
+            count += 1
+            say(f"{SIGNALS[how].name} to rank {victim['rank']}, pid {victim['pid']} on {victim['host']}")
+    return count
+
+
+def _send(node: str, pid: int, number: int) -> None:
+    """Send the signal there: a pid means something on its own node only."""
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def send() -> None:
+        import os
+
+        os.kill(pid, number)
+
+    here = NodeAffinitySchedulingStrategy(node, soft=False)
+    try:
+        ray.get(send.options(scheduling_strategy=here).remote(), timeout=30)
+    except (ray.exceptions.RayError, TimeoutError):  # it, or its node, went meanwhile
+        return

@@ -1,0 +1,49 @@
+"""A run that is hurt, shrinks, grows and changes shape has the losses of one nobody disturbed, step for step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from raytron.actors.journal import read_journal
+from raytron.metrics import StepRecord, read_records
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parent.parent
+
+
+def drill(folder: Path, name: str, deeds: list[tuple[int, str]], last: int) -> list[StepRecord]:
+    """Records of the steps of a run to which all this was done."""
+    log = folder / f"{name}.log"
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.drill", str(folder), name, json.dumps(deeds), str(last)]
+    with log.open("w") as out:
+        code = subprocess.run(
+            command, env=env, cwd=folder, stdout=out, stderr=subprocess.STDOUT, timeout=600
+        ).returncode
+    assert code == 0, log.read_text()
+    return [r for r in read_records(folder / name / "metrics.jsonl") if isinstance(r, StepRecord)]
+
+
+def events(folder: Path, name: str, *kinds: str) -> list[dict]:
+    return [event for event in read_journal(folder / name / "journal.jsonl") if event["event"] in kinds]
+
+
+def test_losses_are_those_of_the_quiet_run_whatever_happens_to_ranks_and_nodes(tmp_path):
+    deeds = [(10, "kill"), (30, "remove node"), (50, "add node"), (70, "stop"), (90, "scale down")]
+    hurt = drill(tmp_path, "hurt", deeds, last=110)
+    quiet = drill(tmp_path, "quiet", [], last=hurt[-1].step)
+    assert [record.step for record in hurt] == list(range(1, len(hurt) + 1))  # nothing lost, nothing twice
+    assert [record.consumed_samples for record in hurt] == [8 * record.step for record in hurt]
+    assert [r.loss for r in hurt] == pytest.approx([r.loss for r in quiet[: len(hurt)]], rel=1e-9)
+    assert not events(tmp_path, "hurt", "rewound")  # every shard had a twin on the other node
+    sizes = [4, *(event["mesh"][0] for event in events(tmp_path, "hurt", "recovered", "resized"))]
+    assert min(sizes) == sizes[-1] == 2
+    assert any(before < after for before, after in pairwise(sizes))
