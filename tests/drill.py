@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,7 @@ class Drill:
         self.cluster, self.folder, self.name, self.deeds, self.last = cluster, folder / name, name, deeds, last
         self.error: Exception | None = None
         self.added: list[subprocess.Popen] = []
+        self.pids: set[int] = set()  # of everyone who ever had a rank, as far as was seen
 
     def run(self) -> None:
         try:
@@ -119,12 +121,27 @@ class Drill:
         """The user asks for two ranks."""
         live.ask(find_mailbox(self.name), {"num_workers": 2})
 
+    def drain(self) -> None:
+        """A node is to leave within a minute."""
+        node, reason = self._ranks()[-1]["node"], 2  # DRAIN_NODE_REASON_PREEMPTION
+        gcs = ray._raylet.GcsClient(address=self.cluster.address)
+        gcs.drain_node(node, reason, "the drill", int(1000 * (time.time() + 60)))
+
     def reshape(self) -> None:
         """The user asks for tensor parallelism."""
         live.ask(find_mailbox(self.name), {"tp": 2, "pp": 1})
 
     def _ranks(self) -> list[dict]:
-        return [rank for rank in live.status(find_mailbox(self.name))["ranks"] if rank["rank"] is not None]
+        ranks = live.status(find_mailbox(self.name))["ranks"]
+        self.pids |= {rank["pid"] for rank in ranks}
+        return [rank for rank in ranks if rank["rank"] is not None]
+
+    def left_over(self) -> list[int]:
+        """Processes that outlive the run by more than a moment."""
+        deadline = time.monotonic() + 10
+        while (left := [pid for pid in self.pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
 
     def _step(self) -> int:
         file = self.folder / "metrics.jsonl"
@@ -145,7 +162,7 @@ class Drill:
 def main(folder: Path, name: str, deeds: list[list], last: int) -> None:
     """The run and its drill."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    root = tempfile.mkdtemp(prefix="rt-", dir="/tmp")
+    root = tempfile.mkdtemp(prefix="rt-", dir="/tmp")  # pytest's own folders are too deep for sockets
     head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": root, "_system_config": LOCAL}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     drill = Drill(cluster, folder, name, deeds, last)
@@ -163,6 +180,9 @@ def main(folder: Path, name: str, deeds: list[list], last: int) -> None:
             node.terminate()
             node.wait()
         cluster.shutdown()
+        shutil.rmtree(root, ignore_errors=True)
+    if left := drill.left_over():
+        raise RuntimeError(f"processes {left} are left over")
 
 
 if __name__ == "__main__":
