@@ -200,7 +200,9 @@ class Elastic:
             return False
         newcomers, self._newcomers = self._newcomers, None
         try:
-            self.group.spares += newcomers.result()
+            self.group.spares += (arrived := newcomers.result())
+            self._control.note("newcomers", places=[member.name for member in arrived])
+            self._control.seated(self.group)
         except (CapacityError, *FAULTS) as error:
             self._again_s = time.monotonic() + AGAIN_S
             self._control.note("no newcomers", why=_line(error))
