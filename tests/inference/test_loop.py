@@ -79,6 +79,8 @@ def test_leaving_aborts_the_request_and_only_that():
         reader = asyncio.ensure_future(collect(loop, request("is cancelled", tokens=FOREVER)))
         await asyncio.sleep(0)
         reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
         assert len(await stays) == 2000
         assert (await loop.stats()).running == 0
         assert (loop.waiting, loop.running) == (0, 0)
