@@ -97,9 +97,9 @@ def watched(argv: Sequence[str]) -> None:
     watch.wrap(pretrain, "prepare", "data")
     watch.wrap(pretrain.Session, "__init__", "ray.init")
     watch.wrap(group, "place", "placement")
-    watch.wrap(group.ActorGroup, "_start", "actors")
-    watch.wrap(group.ActorGroup, "_connect", "connect")
-    watch.wrap(group.ActorGroup, "create", "engines")
+    watch.wrap(pretrain.TrainerGroup, "_hire", "actors")
+    watch.wrap(pretrain.TrainerGroup, "_connect", "connect")
+    watch.wrap(pretrain.TrainerGroup, "create", "engines")
     watch.wrap_steps(pretrain.TrainerGroup)
     sys.argv = [str(RECIPE), *argv]
     runpy.run_path(str(RECIPE), run_name="__main__")
