@@ -37,12 +37,16 @@ class ToolParser:
 
     def __init__(self) -> None:
         self._held = ""  # may become a call, or begin to
+        self._behind = False  # a call, whose line's end is no content: it may come with a later piece
 
     def feed(self, text: str, *, last: bool = False) -> tuple[str, list[ToolCall]]:
         """The content and the calls that are certain after `text`; with `last` everything is."""
         self._held += text
         content, calls = "", []
         while True:
+            if self._behind:
+                self._held = self._held.lstrip("\n")
+                self._behind = not self._held
             before, begun, rest = self._held.partition(BEGIN)
             if not begun:
                 kept = 0 if last else _overlap(self._held, BEGIN)
@@ -57,7 +61,7 @@ class ToolParser:
             call = _read(inside)
             calls += [call] if call else []
             content += "" if call else begun + inside + ended
-            self._held = after.lstrip("\n") if call else after
+            self._held, self._behind = after, call is not None
 
 
 def _overlap(text: str, mark: str) -> int:

@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from raytron.serving.tools import ToolParser
@@ -25,6 +25,7 @@ def parse(pieces: list[str]) -> tuple[str, list[tuple[str, object]]]:
     st.lists(st.sampled_from([CALL, "<tool_call>", "</tool_call>", "<tool", "text", "{", "\n"]), max_size=8),
     st.lists(st.integers(0, 400), max_size=20),
 )
+@example([CALL, "text", CALL, "\n"], [134, 135])  # a line's end behind a call, in a piece of its own
 def test_pieces_do_not_matter(parts, cuts):
     text = "".join(parts)
     cuts = sorted({cut for cut in cuts if cut <= len(text)} | {0, len(text)})
