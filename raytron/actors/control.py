@@ -5,7 +5,6 @@ Everything here is about knowing; what to do about it is decided and done elsewh
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -23,6 +22,7 @@ from raytron.actors.journal import Journal
 from raytron.actors.mailbox import open_mailbox
 from raytron.actors.policy import Decision
 from raytron.actors.reseating import ElasticGroup
+from raytron.actors.runs import write_json
 from raytron.config import ElasticConfig
 
 __all__ = ["CLUSTER", "Control"]
@@ -51,7 +51,7 @@ class Control:
         self._journal = Journal(folder / "journal.jsonl")
         self._mailbox = open_mailbox(name)
         where = {"address": ray.get_runtime_context().gcs_address, "pid": os.getpid()}
-        (folder / CLUSTER).write_text(json.dumps(where) + "\n")
+        write_json(folder / CLUSTER, where)
         self._lock = threading.Lock()
         self._asked: list[dict[str, Any]] = []
         self._answers: dict[int, str] = {}

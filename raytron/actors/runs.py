@@ -20,7 +20,7 @@ from raytron.checkpoint import Storage
 from raytron.config import RunConfig, to_dict
 from raytron.metrics import JsonlSink, MlflowSink, ProgressSink, PrometheusSink, TensorBoardSink, WandbSink
 
-__all__ = ["Failures", "RunFolder", "attempts", "stop_requests", "versions"]
+__all__ = ["Failures", "RunFolder", "attempts", "stop_requests", "versions", "write_json"]
 
 T = TypeVar("T")
 
@@ -56,12 +56,8 @@ class RunFolder:
         self.write_json("versions.json", versions())
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file; readers see the old one or the new one."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(path)
+        """See the function of that name."""
+        write_json(self.path / name, value)
 
     def sinks(self, config: Any, console: Console, step: int) -> list[Any]:
         """Where records go, as `config.logging` says; files continue where a run resumed at `step` does."""
@@ -157,6 +153,14 @@ def stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file; readers see the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def versions() -> dict[str, str | None]:

@@ -167,6 +167,15 @@ def test_native_and_vllm_engines_take_the_same_push_and_answer_alike(cluster: Se
     run(main)
 
 
+async def half_way(group: RolloutGroup) -> asyncio.Future:
+    """An answer of nine tokens that `rollouts.halting` keeps from going on."""
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=9, ignore_eos=True)
+    answer = asyncio.ensure_future(group.generate(PROMPT, params))
+    while (await group.stats())[0].generated_tokens < rollouts.HALT:
+        await asyncio.sleep(0)
+    return answer
+
+
 @pytest.mark.parametrize("mode", ["keep", pytest.param("abort", marks=pytest.mark.slow)])
 def test_running_requests_at_a_push(cluster: Session, trainer, folder, mode: str):
     async def main() -> None:
@@ -174,10 +183,7 @@ def test_running_requests_at_a_push(cluster: Session, trainer, folder, mode: str
             sync = WeightSync(group, trainer)
             trainer.call("train", 1)
             await sync.push(1)
-            params = SamplingParams(temperature=1.0, seed=5, max_tokens=9, ignore_eos=True)
-            answer = asyncio.ensure_future(group.generate(PROMPT, params))
-            while (await group.stats())[0].generated_tokens < rollouts.HALT:
-                await asyncio.sleep(0)
+            answer = await half_way(group)
             trainer.call("train", 2)
             await sync.push(2, mode)
             await group.resume()
@@ -302,10 +308,7 @@ def test_a_trainer_that_dies_half_way_leaves_engines_stale_until_another_push(cl
             sync = WeightSync(group, trainer)
             trainer.call("train", 1)
             await sync.push(1)
-            params = SamplingParams(temperature=1.0, seed=5, max_tokens=9, ignore_eos=True)
-            answer = asyncio.ensure_future(group.generate(PROMPT, params))
-            while (await group.stats())[0].generated_tokens < rollouts.HALT:
-                await asyncio.sleep(0)
+            answer = await half_way(group)
             with pytest.raises(WorkerError):
                 await sync.push(2)
             assert group.fleet.of(Health.STALE) == (0,)
