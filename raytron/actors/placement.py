@@ -43,6 +43,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Resources = Mapping[str, float]
+RETRY_S = 10.0  # how much longer to wait while there is room: Ray tries a group that it refused again by and by
 NODE = "ray.io/node-id"  # the label with a node's id, which Ray gives every node
 
 
@@ -253,19 +254,24 @@ def place(
     """Take seats for every rank of `mesh`, `each` resources a rank, none of them on a node in `avoid` (ids).
 
     Raises:
-        CapacityError: not all were granted within `wait_s` seconds; nothing stays reserved.
+        CapacityError: not all were granted within `wait_s` seconds, or there is room and they were not granted
+            within RETRY_S more; nothing stays reserved.
     """
     start = time.monotonic()
     requests = choose(mesh, each, [node for node in cluster() if node.id not in avoid], strategy)
     if requests[0].ranks_per_bundle < mesh.tp:
         log.warning("no node can hold a TP group of %d ranks; tensor parallelism will cross nodes", mesh.tp)
     groups = tuple(_ask(request, avoid) for request in requests)
-    for group in groups:
-        if not group.wait(max(0.0, start + wait_s - time.monotonic())):
-            nodes = cluster()
-            for pending in groups:
-                remove_placement_group(pending)
-            raise CapacityError(shortage(mesh, each, nodes, time.monotonic() - start))
+    while pending := [at for at, group in enumerate(groups) if not group.wait(0)]:
+        if groups[pending[0]].wait(1):
+            continue
+        nodes, waited_s = cluster(), time.monotonic() - start
+        missing = sum(len(requests[at].bundles) * requests[at].ranks_per_bundle for at in pending)
+        roomy = ranks_that_fit([node for node in nodes if node.id not in avoid], each, mesh.tp) >= missing
+        if waited_s >= wait_s + (RETRY_S if roomy else 0.0):
+            for group in groups:
+                remove_placement_group(group)
+            raise CapacityError(shortage(mesh, each, nodes, waited_s))
     nodes_of = [placement_group_table(group)["bundles_to_node_id"] for group in groups]
     return Placement(each, groups, assign(requests, nodes_of, cluster()))
 

@@ -123,6 +123,10 @@ def test_shortage_says_what_was_asked_and_what_is_there():
     assert "num_workers" in text
 
 
+def test_seats_that_are_free_are_granted_however_little_is_waited(cluster: Session):
+    place(Mesh(dp=2), CPU, wait_s=0.0).remove()
+
+
 def test_the_cluster_refuses_more_than_it_holds_and_keeps_nothing(cluster: Session):
     with pytest.raises(CapacityError, match=r"cannot hold 64 ranks of CPU 1 each .*room for \d+ now, for 8 when idle"):
         ActorGroup(Mesh(dp=32, tp=2), wait_s=0.5)
