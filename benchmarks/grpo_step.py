@@ -10,7 +10,7 @@ with four of 16; the better counts. Each run is a process of its own; they take 
 Floor at fixed lengths: 64 x 96 tokens through 25M parameters, 6 FLOPs each in training and 2 in generation: 1.2 TFLOP;
 0.9 where a prompt is computed once for its eight answers, as ours does on both sides and TRL does on neither.
 
-    python benchmarks/grpo_step.py [--quick] [--dtypes fp32,bf16]          needs: pip install 'trl>=1.16,<2'
+    python benchmarks/grpo_step.py [--quick] [--dtypes fp32,bf16] [--rounds 3]     needs: pip install 'trl>=1.16,<2'
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def run(side: str, path: str, kind: Kind, dtype: str, steps: int, micro: int = P
 def measure(size: str, kind: Kind, dtype: str, path: str, arguments: Any) -> dict[str, Any]:
     """The row of one case."""
     emulated = dtype == "bf16" and not _has_bf16()  # theirs then takes minutes a step
-    steps, rounds = (2, 1) if size == "toy" or emulated else (WARM_UP + 3, 1 if arguments.quick else 3)
+    steps, rounds = (2, 1) if size == "toy" or emulated else (WARM_UP + 3, 1 if arguments.quick else arguments.rounds)
     mine, theirs = [], {}
     for _ in range(rounds):
         mine += run("ours", path, kind, dtype, WARM_UP + 3 if emulated else steps)
@@ -298,7 +298,7 @@ def _has_bf16() -> bool:
 
 
 def main() -> None:
-    arguments = parse(__doc__.splitlines()[0], size="25M", dtypes="fp32,bf16")
+    arguments = parse(__doc__.splitlines()[0], size="25M", dtypes="fp32,bf16", rounds=3)
     if find_spec("trl") is None:
         print("TRL is not installed: rows have no ratio", file=sys.stderr)
     rows = []

@@ -26,7 +26,7 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +169,7 @@ class SharedWeights:
         ends = np.cumsum([blocks.count for blocks in self._blocks.values()])
         self._first = dict(zip(self._blocks, [0, *ends.tolist()], strict=False))
         self.progress = Progress(_mapped(Path(path) / _PROGRESS), list(self.specs), int(ends[-1]) if len(ends) else 0)
+        self._summing: Bulk | None = None
 
     @property
     def nbytes(self) -> int:
@@ -223,10 +224,14 @@ class SharedWeights:
         rows = np.unique(at[0] // self._blocks[name].rows) if box else np.zeros(1, np.int64)
         self.turns[self._first[name] + rows] = turn
 
-    def checksums(self, map_: Callable[..., Iterable] = map) -> dict[str, int]:
+    def checksums(self) -> dict[str, int]:
         """Of all tensors as they are now."""
-        names = list(self.specs)
-        return dict(zip(names, map_(self._checksum, names), strict=True))
+        if self._summing is None:
+            boxes = {name: whole(spec.shape) for name, spec in self.specs.items()}
+            parts = {name: self.part(name, box) for name, box in boxes.items()}
+            self._summing = self.bulk([Transfer(n, boxes[n], self.specs[n].shape, p, p) for n, p in parts.items()])
+        sums = dict(self._summing.run(TAKE, _FOREVER).sums)  # takes nothing: no block is of a later push
+        return sums | {transfer.name: self._checksum(transfer.name) for transfer in self._summing.rest}
 
     def _checksum(self, name: str) -> int:
         shape = self.specs[name].shape
