@@ -29,7 +29,7 @@ config = RLConfig(
     prompts=32,
     group_size=8,
     steps=60,
-    optimizer=OptimizerConfig(lr=3e-3, min_lr=0.0, weight_decay=0.0),
+    optimizer=OptimizerConfig(lr=3e-3, min_lr=0.0, beta2=0.999, weight_decay=0.0),
     schedule=ScheduleConfig(kind="constant"),
     evaluation=RLEvalConfig(interval=20),
     run=RunConfig(name="grpo", checkpoint_config=CheckpointConfig(interval=20)),
