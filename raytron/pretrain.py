@@ -27,7 +27,7 @@ from raytron.actors.elastic import Elastic, Rewound
 from raytron.actors.moves import Job
 from raytron.actors.placement import Node, cluster, ranks_that_fit
 from raytron.actors.policy import Rules, Unit
-from raytron.actors.runs import Failures, RunFolder, attempts, stop_requests
+from raytron.actors.runs import Failures, RunFolder, attempts, first_line, stop_requests
 from raytron.actors.trainer import resources
 from raytron.config import PretrainConfig, RunConfig, ScalingConfig
 from raytron.data import build_datasets, load_tokenizer, prepare, unigram_entropy
@@ -170,8 +170,10 @@ class Run:
             self.mesh = replace(self.mesh, dp=fitting_dp(self.config, cluster()))
             self._announce()
             refuse_if_too_big(self.memory, self.mesh, self.config)
-            config, failures = self.config, Failures(self.config.run.failure_config.max_failures)
-            with Control(config.run.name, self.folder.path, config.elastic, config.steps, self.say) as control:
+            config, name, path = self.config, self.config.run.name, self.folder.path
+            with Control(name, path, config.elastic, config.steps, self.say, sizes(config)) as control:
+                allowed = config.run.failure_config.max_failures
+                failures = Failures(allowed, control.past.failures, control.failed)
                 once = partial(self._attempt, session, control, failures, stop)
                 checkpoint = attempts(once, config.run, config.resume, stop, self.say, failures)
         return self._finish(checkpoint, time.perf_counter() - start)
@@ -179,8 +181,10 @@ class Run:
     def _attempt(
         self, session: Session, control: Control, failures: Failures, stop: threading.Event, resume: bool
     ) -> str | None:
-        config, told = self.config, (self.config, self.arch, self.prepared, self.folder.checkpoints)
-        with TrainerGroup(self.mesh, config.scaling, wait_s=session.wait_s) as group, control.watching(group):
+        told = (self.config, self.arch, self.prepared, self.folder.checkpoints)
+        again = control.past.interrupted or failures.count > 0
+        patience_s = self.config.elastic.wait_s if again and not session.owned else 0.0
+        with self._group(session.wait_s, patience_s, control, stop) as group, control.watching(group):
             group.create(self.task, *told)
             step, damaged = group.load() if resume else (0, [])
             elastic = self._elastic(group, control, failures, stop)
@@ -190,6 +194,18 @@ class Run:
                     return self._go_on(elastic, step, damaged, stop)
                 except Rewound as back:
                     step, damaged = back.step, back.damaged
+
+    def _group(self, wait_s: float, patience_s: float, control: Control, stop: threading.Event) -> TrainerGroup:
+        """Actors on as many seats as there are now; with patience nodes are waited for where there are too few."""
+        config, until = self.config, time.monotonic() + patience_s
+        while True:
+            self.mesh = fitting_mesh(config, self.arch, cluster()) if patience_s else self.mesh
+            try:
+                return TrainerGroup(self.mesh, config.scaling, wait_s=wait_s)
+            except CapacityError as error:
+                if time.monotonic() >= until or stop.is_set():
+                    raise
+                control.note("waiting", why=first_line(error))
 
     def _elastic(self, group: TrainerGroup, control: Control, failures: Failures, stop: threading.Event) -> Elastic:
         config, arch, elastic = self.config, self.arch, self.config.elastic
@@ -352,13 +368,35 @@ def fitting_dp(config: PretrainConfig, nodes: Sequence[Node]) -> int:
 
     Where not even the fewest ranks fit it is that of the most: placing them says what was asked and what is there.
     """
+    unit = Unit(config.parallel.pp, 1, config.parallel.tp)
+    return _most_dp(config, nodes, unit) or config.scaling.bounds[1] // unit.size
+
+
+def fitting_mesh(config: PretrainConfig, arch: Any, nodes: Sequence[Node]) -> Mesh:
+    """The same for a run that goes on, which takes another shape where the configured one does not fit; where nothing
+    fits, the fewest ranks that may."""
+    units = shapes(config, arch)
+    for unit in units:
+        if dp := _most_dp(config, nodes, unit):
+            return Mesh(dp=dp, pp=unit.pp, tp=unit.tp)
     low, high = config.scaling.bounds
-    unit = config.parallel.tp * config.parallel.pp
-    free = ranks_that_fit(nodes, resources(config.scaling), config.parallel.tp)
-    for workers in range(min(high, free) // unit * unit, low - 1, -unit):
-        if workers // unit * config.micro_batch_size <= config.global_batch_size:
-            return workers // unit
-    return high // unit
+    unit = min(units, key=lambda unit: -(-low // unit.size) * unit.size)
+    return Mesh(dp=min(-(-low // unit.size), high // unit.size), pp=unit.pp, tp=unit.tp)
+
+
+def _most_dp(config: PretrainConfig, nodes: Sequence[Node], unit: Unit) -> int:
+    """0 where not even the fewest ranks fit."""
+    low, high = config.scaling.bounds
+    free = ranks_that_fit(nodes, resources(config.scaling), unit.tp)
+    for workers in range(min(high, free) // unit.size * unit.size, low - 1, -unit.size):
+        if workers // unit.size * config.micro_batch_size <= config.global_batch_size:
+            return workers // unit.size
+    return 0
+
+
+def sizes(config: PretrainConfig) -> dict[str, Any]:
+    """What users may change while it runs, as it is configured; JSON."""
+    return {"num_workers": list(config.scaling.bounds), "tp": config.parallel.tp, "pp": config.parallel.pp}
 
 
 def refuse_if_too_big(memory: MemoryEstimate, mesh: Mesh, config: PretrainConfig) -> None:

@@ -24,6 +24,7 @@ from raytron.config import (
     from_dict,
 )
 from raytron.metrics import EvalRecord, StepRecord, read_records
+from raytron.parallel import Mesh
 
 pytestmark = pytest.mark.usefixtures("ray_of_this_module")
 TINY = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -192,3 +193,16 @@ def test_a_run_takes_as_many_ranks_as_the_cluster_has_room_for(tmp_path):
     assert pretrain.fitting_dp(config, nodes(3, 2)) == 2
     assert pretrain.fitting_dp(config, nodes(7)) == 3  # which may have 3, 3 and 2 of a global batch of 8
     assert pretrain.fitting_dp(config, nodes(1)) == 4  # placing it says what is missing
+
+
+def test_a_run_that_goes_on_takes_the_shape_that_finds_seats(tmp_path):
+    from raytron.actors.placement import Node
+
+    def nodes(*free):
+        return [Node(str(i), str(i), {"CPU": 64.0}, {"CPU": float(n)}) for i, n in enumerate(free)]
+
+    config = tiny(tmp_path, parallel=ParallelConfig(tp=2, pp=2), scaling=ScalingConfig(num_workers=(4, 8)))
+    arch = pretrain.Run(config).arch
+    assert pretrain.fitting_mesh(config, arch, nodes(5)) == Mesh(dp=1, pp=2, tp=2)
+    assert pretrain.fitting_mesh(config, arch, nodes(3, 1)) == Mesh(dp=2, pp=2)  # one node has no room for two of tp 2
+    assert pretrain.fitting_mesh(config, arch, nodes(1)).size == 4  # the fewest: it begins with the first that come

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from raytron.actors.health import Limits, Watch
-from raytron.actors.journal import Journal
+from raytron.actors.journal import Journal, past, read_journal, wish_after
 from raytron.actors.mailbox import open_mailbox
 from raytron.actors.policy import Decision
 from raytron.actors.reseating import ElasticGroup
@@ -27,9 +27,22 @@ from raytron.config import ElasticConfig
 
 __all__ = ["CLUSTER", "Control"]
 
+JOURNAL = "journal.jsonl"
 CLUSTER = "cluster.json"  # in the run's folder: where its driver and its mailbox are
 VISIT_S = 1.0  # between two visits to the mailbox
-SAID = ("fault", "hung", "node", "drain", "deadlock", "decided", "recovered", "rewound", "resized", "no newcomers")
+SAID = (
+    "fault",
+    "hung",
+    "node",
+    "drain",
+    "deadlock",
+    "decided",
+    "recovered",
+    "rewound",
+    "resized",
+    "no newcomers",
+    "waiting",
+)
 PATIENCE_S = 5.0  # with the mailbox
 
 
@@ -40,16 +53,29 @@ class Control:
         folder: the run's, where the journal and the address of its cluster are kept.
         config: the run's. steps: of the whole run.
         say: takes a line for the user.
+        setup: the run's sizes as configured, JSON.
 
     Attributes:
         watch: of the group at hand, see `watching`.
+        past: what the drivers before this one left.
+        wish: what users have asked for and still stands, see `journal.wish_after`.
     """
 
-    def __init__(self, name: str, folder: Path, config: ElasticConfig, steps: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        config: ElasticConfig,
+        steps: int,
+        say: Callable[[str], None],
+        setup: Mapping[str, Any],
+    ) -> None:
         self._steps, self._say, self._stragglers = steps, say, config.replace_slow
         self._limits = Limits(config.silence_s, config.hang_s, config.hang_factor)
-        self._journal = Journal(folder / "journal.jsonl")
-        self._mailbox = open_mailbox(name)
+        self._mailbox = open_mailbox(name)  # once there is no other driver of this run
+        self.past = past(read_journal(folder / JOURNAL), setup)
+        self.wish = self.past.wish
+        self._journal = Journal(folder / JOURNAL)
         where = {"address": ray.get_runtime_context().gcs_address, "pid": os.getpid()}
         write_json(folder / CLUSTER, where)
         self._lock = threading.Lock()
@@ -59,6 +85,7 @@ class Control:
         self._start_s, self._useful_s, self._recoveries, self._visited_s = time.time(), 0.0, 0, 0.0
         self._last: tuple[Any, ...] = ()
         self.watch: Watch | None = None
+        self.note("began", setup=dict(setup), what="the driver before this one died" if self.past.interrupted else "")
 
     @contextmanager
     def watching(self, group: ElasticGroup) -> Iterator[Watch]:
@@ -112,13 +139,20 @@ class Control:
 
     def answer(self, asked: Mapping[str, Any], refusal: str | None) -> None:
         """Tell whoever asked that it will be done, or why not."""
+        what = {key: value for key, value in asked.items() if key != "number"}
+        self.note("request", asked=what, refused=refusal)  # first: what was promised is kept by the next driver too
+        if refusal is None:
+            self.wish = wish_after(self.wish, what, time.time())
         with self._lock:
             self._answers[asked["number"]] = refusal or ""
-        wish = {key: value for key, value in asked.items() if key != "number"}
-        self.note("request", asked=wish, refused=refusal)
+
+    def failed(self, count: int, allowed: int, why: str) -> None:
+        """A failure was counted, the run's `count`-th of `allowed`."""
+        self.note("fault", step=self._status["step"], count=count, what=f"failure {count} of {allowed}: {why}")
 
     def close(self) -> None:
         """Be reachable no more."""
+        self.note("ended")
         ray.kill(self._mailbox)
 
     def __enter__(self) -> Control:

@@ -15,7 +15,6 @@ and the driver restarts from the newest checkpoint, or ends.
 from __future__ import annotations
 
 import os
-import textwrap
 import threading
 import time
 from collections import Counter
@@ -25,7 +24,8 @@ from dataclasses import replace
 from typing import Any
 
 from raytron.actors.control import Control
-from raytron.actors.failures import GONE, HUNG, Failure, WorkerError
+from raytron.actors.failures import GONE, HUNG, BrokenError, Failure, WorkerError
+from raytron.actors.journal import wish_after
 from raytron.actors.members import Member
 from raytron.actors.moves import Job, Mover, Spent, Survivors
 from raytron.actors.placement import CapacityError, cluster, room
@@ -49,7 +49,7 @@ from raytron.actors.policy import (
     refusal,
     spares_to_start,
 )
-from raytron.actors.runs import USER_ERRORS, Failures
+from raytron.actors.runs import USER_ERRORS, Failures, first_line
 from raytron.actors.trainer import TrainerGroup
 
 __all__ = ["Elastic", "Rewound"]
@@ -57,7 +57,7 @@ __all__ = ["Elastic", "Rewound"]
 TRIES = 5  # faults within the recovery from one fault
 AGAIN_S = 10.0  # before newcomers are asked for again, after the cluster refused some
 GRANT_S = 10.0  # so long the cluster may take to grant seats that it has free
-FAULTS = (WorkerError, TimeoutError)
+FAULTS = (WorkerError, TimeoutError, BrokenError)
 
 
 class Rewound(Exception):  # noqa: N818 - it is no error: the run goes on
@@ -106,10 +106,12 @@ class Elastic:
         self._due: Decision | None = None
         self._newcomers: Future[list[Member]] | None = None
         self._history: list[Fault] = []
-        self._requested: Request | None = None
+        self._requested = Request(**control.wish) if control.wish else None
         self._looked_s = self._again_s = self._resized_s = self._saved_s = float("-inf")
         self._waiting_since_s: float | None = None
         self._step, self._failed_at = 0, ("", -1)
+        if self._requested is not None:
+            self._consider(self._requested)
         control.seated(group)
 
     # What a driver calls
@@ -205,7 +207,7 @@ class Elastic:
             self._control.seated(self.group)
         except (CapacityError, *FAULTS) as error:
             self._again_s = time.monotonic() + AGAIN_S
-            self._control.note("no newcomers", why=_line(error))
+            self._control.note("no newcomers", why=first_line(error))
         return True
 
     def _keep_spares(self) -> None:
@@ -219,7 +221,7 @@ class Elastic:
 
     def _take_requests(self) -> None:
         for asked in self._control.requests():
-            request = Request(asked.get("num_workers"), asked.get("tp"), asked.get("pp"), time.time())
+            request = Request(**wish_after(self._control.wish, asked, time.time()))
             self._consider(request)
             why = refusal(self._state({}, True), request)
             self._control.answer(asked, why)
@@ -247,12 +249,10 @@ class Elastic:
     def _recover(self, error: WorkerError) -> None:
         """Everyone is of one version again, and seated; or `Rewound`, or the fault is raised."""
         known_s = time.time()
-        self.group.abandon(_line(error))
+        self.group.abandon(first_line(error))
         self._refuse_hopeless(error)
         self._due = None
         for _ in range(TRIES):
-            of = f"failure {self._failures.count} of {self._failures.allowed}"
-            self._control.note("fault", step=self._step, what=f"{of}: {_line(error)}")
             try:
                 self._settle(known_s, error)
                 return
@@ -261,7 +261,7 @@ class Elastic:
                     raise
                 error = _told(another)
                 self._refuse_hopeless(error)
-                self.group.abandon(_line(error))
+                self.group.abandon(first_line(error))
         raise error
 
     def _refuse_hopeless(self, error: WorkerError) -> None:
@@ -381,13 +381,8 @@ class Elastic:
         self._control.seated(self.group)
 
 
-def _told(error: WorkerError | TimeoutError) -> WorkerError:
-    """A rank's silence is a failure like any other."""
+def _told(error: WorkerError | TimeoutError | BrokenError) -> WorkerError:
+    """A rank's silence is a failure like any other, and so is what the watch noticed before any call did."""
     if isinstance(error, WorkerError):
         return error
-    return WorkerError(Failure(None, "the driver's host", os.getpid(), "waiting", "TimeoutError", str(error)))
-
-
-def _line(error: Exception) -> str:
-    """Its first line, as far as it fits one."""
-    return textwrap.shorten(str(error).partition("\n")[0], 160, placeholder=" ...")
+    return WorkerError(Failure(None, "the driver's host", os.getpid(), "waiting", type(error).__name__, str(error)))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from raytron.parallel.collectives import GaveUp
 
-__all__ = ["DIED", "GONE", "HUNG", "Failure", "WorkerError", "cause", "is_echo"]
+__all__ = ["DIED", "GONE", "HUNG", "BrokenError", "Failure", "WorkerError", "cause", "is_echo"]
 
 DIED = "process died"
 GONE = "node gone"  # Ray has declared it dead
@@ -49,6 +49,10 @@ class Failure:
     def of(cls, error: BaseException, rank: int | None, host: str, pid: int, method: str) -> Failure:
         trace = "".join(traceback.format_exception(error))
         return cls(rank, host, pid, method, type(error).__name__, str(error), trace, is_echo(error))
+
+
+class BrokenError(RuntimeError):
+    """A group was called after it had been told to give up: whoever watches the ranks does so at any time."""
 
 
 class WorkerError(RuntimeError):

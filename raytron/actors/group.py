@@ -28,6 +28,7 @@ from ray.util.placement_group import remove_placement_group
 
 from raytron.actors.calls import Calls
 from raytron.actors.devices import share
+from raytron.actors.failures import BrokenError
 from raytron.actors.members import Chair, Member, ended, ready, survey
 from raytron.actors.placement import Berth, Placement, place
 from raytron.actors.worker import Where, Worker
@@ -220,7 +221,7 @@ class ActorGroup:
         if self._closed:
             raise RuntimeError("this group was shut down; make a new one")
         if self.broken is not None:
-            raise RuntimeError(f"this group is broken ({self.broken}); regroup it or shut it down")
+            raise BrokenError(f"this group is broken ({self.broken}); regroup it or shut it down")
 
     def _open_store(self) -> dist.TCPStore | None:
         return dist.TCPStore("0.0.0.0", 0, None, True, wait_for_workers=False) if self.mesh.size > 1 else None

@@ -1,8 +1,9 @@
 """How a live run is talked to from another process: a small named actor that holds its status and takes requests.
 
-It lives in the fixed namespace `NAMESPACE` under the run's name, and ends with the run's driver, which visits it about
-once a second. The class is sent to Ray by value: its process needs neither torch nor this package, starts in a second
-and stays small. The alternative, a socket in the driver, would need an address, a protocol and a key of its own.
+It lives in the fixed namespace `NAMESPACE` under the run's name, on the node of the run's driver, with which it ends,
+and which visits it about once a second. The class is sent to Ray by value: its process needs neither torch nor this
+package, starts in a second and stays small. The alternative, a socket in the driver, would need an address, a protocol
+and a key of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 __all__ = ["NAMESPACE", "find_mailbox", "open_mailbox"]
 
@@ -59,7 +61,9 @@ def open_mailbox(run: str) -> Any:
     Raises:
         ValueError: a run of that name is alive in this cluster.
     """
-    options = {"name": run, "namespace": NAMESPACE, "num_cpus": 0, "max_restarts": 2, "enable_task_events": False}
+    options = {"name": run, "namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1, "enable_task_events": False}
+    # Anywhere else it would be lost, with what was asked, whenever its node goes.
+    options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     deadline = time.monotonic() + LEAVING_S
     while True:
         try:

@@ -6,6 +6,7 @@ import json
 import platform
 import signal
 import subprocess
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from raytron.checkpoint import Storage
 from raytron.config import RunConfig, to_dict
 from raytron.metrics import JsonlSink, MlflowSink, ProgressSink, PrometheusSink, TensorBoardSink, WandbSink
 
-__all__ = ["Failures", "RunFolder", "attempts", "stop_requests", "versions", "write_json"]
+__all__ = ["Failures", "RunFolder", "attempts", "first_line", "stop_requests", "versions", "write_json"]
 
 T = TypeVar("T")
 
@@ -86,17 +87,28 @@ class RunFolder:
 
 
 class Failures:
-    """How often a run has failed, over all its attempts; `allowed` (-1: any number) of them it survives."""
+    """How often a run has failed, over all its attempts; `allowed` (-1: any number) of them it survives.
 
-    def __init__(self, allowed: int) -> None:
-        self.allowed, self.count = allowed, 0
+    count: those counted before. tell: called with each that is counted as (its number, `allowed`, what it was).
+    """
+
+    def __init__(
+        self, allowed: int, count: int = 0, tell: Callable[[int, int, str], None] = lambda *failure: None
+    ) -> None:
+        self.allowed, self.count, self._tell = allowed, count, tell
         self._last: BaseException | None = None
 
     def survives(self, failure: BaseException) -> bool:
         """Count it, once, and say whether it is survived."""
         if failure is not self._last:
             self.count, self._last = self.count + 1, failure
+            self._tell(self.count, self.allowed, first_line(failure))
         return self.allowed < 0 or self.count <= self.allowed
+
+
+def first_line(error: BaseException) -> str:
+    """What it says, as far as it fits a line."""
+    return textwrap.shorten(str(error).partition("\n")[0], 160, placeholder=" ...")
 
 
 def attempts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raytron.actors.journal import SHOWN, Journal, read_journal
+from raytron.actors.journal import SHOWN, Journal, Past, past, read_journal
 from raytron.actors.live import describe, told
 
 
@@ -15,11 +15,43 @@ def test_events_survive_a_torn_last_line_and_another_driver(tmp_path: Path):
         file.write('{"time": 1.0, "event": "reco')
     again = Journal(path)
     assert [event["event"] for event in again.recent] == ["fault"]
-    with path.open("a") as file:
-        file.write("\n")
     again.note("recovered", mesh=[2, 1, 1, 1])
     assert [event["event"] for event in read_journal(path)] == ["fault", "recovered"]
     assert read_journal(tmp_path / "none") == []
+
+
+SETUP = {"num_workers": [2, 4], "tp": 1, "pp": 1}
+BEGAN = {"event": "began", "time": 1.0, "setup": SETUP}
+ENDED = {"event": "ended", "time": 9.0}
+
+
+def granted(at_s: float, refused: str | None = None, **asked: int) -> dict:
+    return {"event": "request", "time": at_s, "asked": asked, "refused": refused}
+
+
+def counted(count: int) -> dict:
+    return {"event": "fault", "time": 5.0, "count": count}
+
+
+def test_a_driver_goes_on_with_the_failures_and_wishes_of_one_that_died():
+    asked = [granted(2.0, tp=2), granted(3.0, num_workers=2), granted(4.0, refused="too few", num_workers=1)]
+    found = past([BEGAN, *asked, counted(1), counted(2)], SETUP)
+    assert found == Past({"num_workers": 2, "tp": 2, "pp": None, "at_s": 3.0}, failures=2, interrupted=True)
+    assert past([BEGAN, *asked, BEGAN, counted(3), BEGAN], SETUP) == Past(found.wish, 3, True)
+    assert past([], SETUP) == Past()
+
+
+def test_who_asks_for_a_shape_asks_for_all_of_it():
+    wish = past([BEGAN, granted(2.0, tp=2), granted(3.0, num_workers=2), granted(4.0, pp=2)], SETUP).wish
+    assert wish == {"num_workers": None, "tp": None, "pp": 2, "at_s": 4.0}
+
+
+def test_the_end_of_a_run_ends_its_failures_and_another_configuration_its_wishes():
+    before = [BEGAN, granted(2.0, num_workers=2), counted(2), ENDED]
+    assert past(before, SETUP) == Past({"num_workers": 2, "tp": None, "pp": None, "at_s": 2.0})
+    other = {**SETUP, "tp": 2}
+    assert past(before, other) == Past()
+    assert past([*before, {**BEGAN, "setup": other}, ENDED, BEGAN], SETUP) == Past(interrupted=True)
 
 
 def test_a_status_is_of_the_last_events(tmp_path: Path):

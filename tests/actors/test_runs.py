@@ -65,6 +65,17 @@ def test_what_the_user_has_to_mend_is_not_tried_again():
     assert len(calls) == 1
 
 
+def test_failures_go_on_from_those_of_a_driver_before_and_are_told():
+    told: list[tuple[int, int, str]] = []
+    failures, error = Failures(2, 1, lambda *failure: told.append(failure)), RuntimeError("one line\nand another")
+    assert [failures.survives(error), failures.survives(error), failures.survives(RuntimeError())] == [
+        True,
+        True,
+        False,
+    ]
+    assert told == [(2, 2, "one line"), (3, 2, "")]
+
+
 def test_failures_are_counted_over_attempts_and_each_once():
     failures, errors = Failures(2), [RuntimeError(), RuntimeError(), RuntimeError()]
     assert [failures.survives(error) for error in (errors[0], errors[0], errors[1], errors[1])] == [True] * 4
