@@ -26,7 +26,7 @@ from typing import Any
 from raytron.actors.control import Control
 from raytron.actors.failures import GONE, HUNG, BrokenError, Failure, WorkerError
 from raytron.actors.journal import wish_after
-from raytron.actors.members import Member
+from raytron.actors.members import Member, living_nodes
 from raytron.actors.moves import Job, Mover, Spent, Survivors
 from raytron.actors.placement import CapacityError, cluster, room
 from raytron.actors.policy import (
@@ -325,7 +325,7 @@ class Elastic:
                 self._history.append(Fault(time.time(), node, how, tuple(places)))
 
     def _how(self, place: str, how: str) -> str:
-        if how == GONE:
+        if how == GONE or self._mover.nodes[place] not in living_nodes():  # Ray tells of its actors' deaths first
             return "node"
         return "hung" if how == HUNG or place in self._control.watch.hung else "died"
 

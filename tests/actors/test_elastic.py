@@ -1,4 +1,4 @@
-"""A driver hears of no fault that its group can go on from, whoever noticed it first."""
+"""What is made of a fault, whoever noticed it first, before anything is decided."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 
 from raytron.actors import ActorGroup, WorkerError
 from raytron.actors.elastic import Elastic
-from raytron.actors.failures import BrokenError
+from raytron.actors.failures import DIED, GONE, BrokenError
+from raytron.actors.members import living_nodes
 
 
 def test_what_the_watch_noticed_between_two_calls_is_a_fault_like_any_other(group: ActorGroup):
@@ -26,3 +27,13 @@ def test_what_the_watch_noticed_between_two_calls_is_a_fault_like_any_other(grou
     assert elastic.call("evaluate") == "held-out loss"
     assert [error.failure.kind for error in faults] == ["BrokenError"]
     assert "rank 1 hangs" in str(faults[0])
+
+
+def test_actors_that_died_went_with_their_node_once_that_is_gone(group: ActorGroup):
+    (here,) = living_nodes()
+    elastic = object.__new__(Elastic)
+    elastic._mover = SimpleNamespace(nodes={"actor-0": here, "actor-1": "a node that is gone"})
+    elastic._control = SimpleNamespace(watch=SimpleNamespace(hung={}))
+    # Seats on it would be waited for without end.
+    assert [elastic._how(place, DIED) for place in elastic._mover.nodes] == ["died", "node"]
+    assert elastic._how("actor-0", GONE) == "node"
