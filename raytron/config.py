@@ -295,16 +295,31 @@ class RecomputeConfig(Typed):
 
 @dataclass(frozen=True)
 class GuardConfig(Typed):
-    """What to do when a step's numbers are bad: skip its update, count it, stop after too many in a row."""
+    """What to do when a step's numbers are bad: run it again, skip its update, stop after too many skips in a row."""
 
     max_consecutive_skips: int = 10
     spike_factor: float | None = None
     """Skip when the gradient norm exceeds this many times its running mean; None watches only for NaN and Inf."""
+    recheck: bool = True
+    """Run a step whose numbers are bad again, in place and on another replica, to tell data from hardware."""
+    suspect_factor: float | None = None
+    """Run a step again, too, whose gradient norm exceeds this many times its running mean, before applying it."""
+    tolerance: float | None = None
+    """Relative difference of norms and losses that two runs of the same work may have; 0 compares bits. None: 0 on a
+    CPU, 0.001 on a GPU, whose kernels may add in any order."""
+    agreement_interval: int = 0
+    """Compare what data-parallel replicas hold in common, by checksum, every so many steps; 0 never does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.max_consecutive_skips >= 1, "guard.max_consecutive_skips must be at least 1")
         _require(self.spike_factor is None or self.spike_factor > 1, "guard.spike_factor must exceed 1")
+        _require(self.suspect_factor is None or self.suspect_factor > 1, "guard.suspect_factor must exceed 1")
+        _require(
+            self.suspect_factor is None or self.recheck, "guard.suspect_factor needs guard.recheck; turn that on too"
+        )
+        _require(self.tolerance is None or 0 <= self.tolerance < 1, "guard.tolerance must lie in [0, 1)")
+        _require(self.agreement_interval >= 0, "guard.agreement_interval must not be negative; 0 never compares")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ SAID = (
     "node",
     "drain",
     "deadlock",
+    "disagreement",
     "decided",
     "recovered",
     "rewound",

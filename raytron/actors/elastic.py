@@ -50,6 +50,7 @@ from raytron.actors.policy import (
     spares_to_start,
 )
 from raytron.actors.runs import USER_ERRORS, Failures, first_line
+from raytron.actors.suspects import Suspects
 from raytron.actors.trainer import TrainerGroup
 
 __all__ = ["Elastic", "Rewound"]
@@ -58,6 +59,7 @@ TRIES = 5  # faults within the recovery from one fault
 AGAIN_S = 10.0  # before newcomers are asked for again, after the cluster refused some
 GRANT_S = 10.0  # so long the cluster may take to grant seats that it has free
 FAULTS = (WorkerError, TimeoutError, BrokenError)
+DISAGREE = "ReplicasDisagree"  # the error of ranks that hold different numbers, and do not know whose are right
 
 
 class Rewound(Exception):  # noqa: N818 - it is no error: the run goes on
@@ -107,6 +109,7 @@ class Elastic:
         self._newcomers: Future[list[Member]] | None = None
         self._history: list[Fault] = []
         self._requested = Request(**control.wish) if control.wish else None
+        self._suspects, self._disagree = Suspects(), False
         self._looked_s = self._again_s = self._resized_s = self._saved_s = float("-inf")
         self._waiting_since_s: float | None = None
         self._step, self._failed_at = 0, ("", -1)
@@ -183,7 +186,8 @@ class Elastic:
             self.saved()
             return
         self.group.call("latest")  # a save under way would be cut off
-        slow = [(place, self._mover.nodes[place]) for place in decision.leave if place in self._control.slow()]
+        bad = {*self._control.slow(), *self._suspects.faulty}
+        slow = [(place, self._mover.nodes[place]) for place in decision.leave if place in bad]
         spent = Spent()
         self._mover.carry_out(decision, None, spent)
         self._moved("resized", decision, spent)
@@ -278,6 +282,9 @@ class Elastic:
         spent = Spent()
         left = self._mover.survivors(spent)
         self._remember(left)
+        if error.failure.kind == DISAGREE:
+            self._disagree = True  # until all have begun again from what was right
+            self._control.note("disagreement", step=self._step, what=error.failure.message)
         self.group.lose(left.lost)  # what hangs is ended, and chairs on lost nodes are given back
         decision = self._decided(left, spent, error)
         if not isinstance(decision.action, Rewind):
@@ -285,6 +292,7 @@ class Elastic:
             self._moved("recovered", decision, spent, known_s)
             return
         step, damaged = self._mover.start_over(decision, left, spent)
+        self._disagree = False
         self._moved("rewound", decision, spent, known_s)
         self._step = step
         raise Rewound(step, damaged)
@@ -345,6 +353,8 @@ class Elastic:
             slow=tuple(Slow(place, score) for place, score in self._control.slow().items()),
             draining=tuple(Draining(node, until) for node, until in watch.draining.items()),
             spares=tuple(Spare(spare.name, spare.where.node) for spare in self.group.spares),
+            faulty=tuple(place for place in places if place in self._suspects.faulty),
+            disagree=self._disagree,
             covered=covered,
             shapes=self._shapes,
             most_dp=self._most_dp,
@@ -370,6 +380,9 @@ class Elastic:
     def _noted(self, record: Any) -> int:
         self._control.stepped(record)
         self._step = record.step
+        if record.verdict:
+            self._history += self._suspects.judged(record.verdict, self.group.members, time.time())
+            self._control.note("verdict", step=record.step, **record.verdict)
         return record.step
 
     def _moved(self, event: str, decision: Decision, spent: Spent, known_s: float | None = None) -> None:

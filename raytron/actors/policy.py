@@ -7,6 +7,7 @@ Something was lost     the cheapest of: fill the seats (spares, then cold starts
                        from the newest checkpoint.
 A node is draining     the same before its deadline, with the leaving ranks still there to copy from.
 The user asked         at the next step boundary.
+Wrong numbers          whoever is faulty leaves, if somebody else can have the seat, or it can be done without.
 A straggler            replaced only if what it costs the others within the horizon is twice what replacing it costs.
 Seats appeared         grow at a boundary, but not right after a fault or another change of size; back to the preferred
                        shape when it has room.
@@ -96,11 +97,14 @@ def decide(state: ClusterState) -> Decision:
     places = set(state.places)
     if any(lost.place in places for lost in state.lost):
         return _recover(state)
+    if state.disagree:
+        why = "replicas hold different numbers and nobody knows whose are right, so from the checkpoint"
+        return Decision(Rewind(Continue()), why, state.mesh)
     if found := _drain(state):
         return found
     if not state.at_boundary:
         return _keep(state, "within a step; planned changes wait for its end")
-    return _asked(state) or _straggler(state) or _settle(state)
+    return _asked(state) or _faulty(state) or _straggler(state) or _settle(state)
 
 
 # ------------------------------------------------------------------------------------------------------- loss and drain
@@ -117,7 +121,7 @@ def _recover(state: ClusterState) -> Decision:
         action, reason = _wait(state, cause)
         return Decision(action, reason, state.mesh, hung, lost)
     action, reason = plan.action, f"{cause}: {_told(state, plan)}"
-    if not state.covered:
+    if not state.covered or state.disagree:
         action, reason = Rewind(action), f"{reason}; the living do not hold all of the state, so from the checkpoint"
     leave = tuple(dict.fromkeys([*lost, *(state.places[rank] for rank in plan.leave)]))
     return Decision(action, reason, plan.mesh, hung, leave, avoid)
@@ -184,6 +188,16 @@ def _asked(state: ClusterState) -> Decision | None:
     if mesh is None:
         return _keep(state, f"{asked}, and there is no room for tp {unit.tp} x pp {unit.pp} yet")
     return Decision(Reshape(mesh), asked, mesh, avoid=flaky(state) | _draining(state))
+
+
+def _faulty(state: ClusterState) -> Decision | None:
+    leaving = frozenset(rank for rank, place in enumerate(state.places) if place in state.faulty)
+    if not leaving:
+        return None
+    avoid = flaky(state) | {state.nodes[rank] for rank in leaving}
+    plan = cheapest(state, leaving, avoid, beside=True)
+    cause = f"the numbers of {_named([state.places[rank] for rank in sorted(leaving)], 'place')} were wrong"
+    return plan and _planned(state, plan, cause, avoid | _draining(state))
 
 
 def _straggler(state: ClusterState) -> Decision | None:

@@ -95,11 +95,12 @@ class Spare:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that went wrong earlier and was dealt with; "slow" is a straggler that was replaced or given up."""
+    """Something that went wrong earlier and was dealt with; "slow" is a straggler or a faulty place that left,
+    "numbers" a place that computed or held wrong ones."""
 
     at_s: float
     node: str
-    how: Literal["died", "hung", "node", "slow"]
+    how: Literal["died", "hung", "node", "slow", "numbers"]
     places: tuple[str, ...] = ()
 
 
@@ -168,6 +169,8 @@ class ClusterState:
         free: node id -> ranks that could start there now, besides all that the run holds. Seats of lost ranks whose
             node lives are not in it: they are still the run's.
         lost, slow, draining, spares: see their classes. Of `lost` only places of the mesh count.
+        faulty: living places whose numbers were wrong, and likely will be again.
+        disagree: the living hold different numbers, and nobody knows whose are right.
         covered: the living, those on draining nodes included, hold all of the state.
         shapes: unit shapes that model and memory allow, the preferred one first; the present one may be missing.
         most_dp: the sequences of a global batch: no replica may be without one.
@@ -195,6 +198,8 @@ class ClusterState:
     slow: tuple[Slow, ...] = ()
     draining: tuple[Draining, ...] = ()
     spares: tuple[Spare, ...] = ()
+    faulty: tuple[str, ...] = ()
+    disagree: bool = False
     covered: bool = True
     shapes: tuple[Unit, ...] = ()
     most_dp: int = 2**31
@@ -270,9 +275,9 @@ class Reshape:
 
 @dataclass(frozen=True)
 class Rewind:
-    """As `then`, but the living do not hold all of the state: it comes from the newest checkpoint."""
+    """As `then`, but the living do not hold all of the state, or not the same: it comes from the newest checkpoint."""
 
-    then: Replace | Shrink | Reshape
+    then: Replace | Shrink | Reshape | Continue
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class StepRecord:
     skipped_total: int = 0
     nan_total: int = 0
     notice: str = ""  # what the user should hear: why the update was skipped, why a save failed
+    verdict: Mapping[str, Any] = field(default_factory=dict)  # on numbers that were doubted (training/guard.py)
     phases_s: Mapping[str, float] = field(default_factory=dict)  # seconds per phase of the step
     extra: Mapping[str, float] = field(default_factory=dict)  # anything else worth a curve, e.g. {"moe/load": 1.02}
     headline: Sequence[str] = field(default_factory=list)  # names of `extra` that the progress line shows

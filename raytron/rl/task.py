@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,8 @@ from raytron.training.losses import Objective
 from raytron.training.saves import Saves
 
 __all__ = ["CriticTask", "PolicyTask", "Scores"]
+
+log = logging.getLogger(__name__)
 
 Scores = tuple[np.ndarray, np.ndarray]  # tokens of the batch, and a number for each
 
@@ -84,6 +87,8 @@ class _Task:
         results = [self.engine.step(self._micro_batches(part), samples=len(part)) for part in parts]
         if self.world.rank:
             return None
+        for verdict in filter(None, (result.verdict for result in results)):
+            log.warning("training version %d: %s", self.version, verdict)
         mean = {name: float(np.mean([r.sums[name] / r.tokens for r in results])) for name in results[0].sums}
         return mean | {
             "loss": float(np.mean([r.loss for r in results])),

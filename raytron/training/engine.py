@@ -35,10 +35,12 @@ from raytron.parallel.pipeline import Pipeline
 from raytron.parallel.schedules import schedule as pipeline_schedule
 from raytron.parallel.tensor import ParallelLinear
 from raytron.parallel.weight_grad import WeightGradQueue
+from raytron.training.agreement import reconcile
 from raytron.training.commit import Finish, Resolution, Standing, Vote
-from raytron.training.guard import Culprit, Guard, find_culprit
+from raytron.training.guard import Culprit, Guard, Verdict, find_culprit, square_sum
 from raytron.training.losses import NextToken, Objective
 from raytron.training.optimizer import FlatAdamW
+from raytron.training.recheck import Recheck
 from raytron.training.recompute import apply_recompute
 from raytron.training.schedule import learning_rate
 from raytron.training.shards import gradient_buckets, optimizer_layout
@@ -68,7 +70,7 @@ class Record:
 @dataclass(frozen=True)
 class StepResult:
     """One committed step. `skipped` says why its update was left out; `culprit` what went bad first; `sums` are the
-    objective's, over the whole global batch."""
+    objective's, over the whole global batch; `verdict` is on numbers that were doubted, skipped or not."""
 
     step: int
     loss: float
@@ -78,6 +80,7 @@ class StepResult:
     skipped: str | None = None
     culprit: str | None = None
     sums: Mapping[str, float] = field(default_factory=dict)
+    verdict: Verdict | None = None
 
 
 class TrainEngine:
@@ -93,7 +96,7 @@ class TrainEngine:
         weights: what is trained of `model.weights`: all of it, or the adapters at its end.
         grads: flat gradient buffer beside `weights`: sums over tokens, not yet divided.
         intervals: what of the two this rank's optimizer owns: its own shard, then with twins the one it mirrors.
-        owned: elements of its own shard.
+        shard, owned: intervals and elements of its own shard; without ZeRO the share of the sums that it counts.
         phases_s: host seconds of the last step's phases.
         phase, since: what this rank is in (`commit.PHASES`), and since when by `time.monotonic`.
         whole: whether all weights are of one version, or only what `intervals` says (after `conclude`).
@@ -111,6 +114,7 @@ class TrainEngine:
         self._vote: Vote | None = None  # of the step under way, once passed
         self._last: Vote | None = None  # of the step published last
         self._samples: int | None = None
+        self._verdict: Verdict | None = None  # on the step under way
         self._enter("between")
         if model.weights.dtype != DTYPES[config.precision]:
             raise ValueError(
@@ -147,13 +151,13 @@ class TrainEngine:
         self.scatter = parallel.zero and dp.size > 1
         self.twins = self.scatter and parallel.twins
         self._cuts = gradient_buckets(total, parallel, self.grads.element_size(), self.mesh)
-        self._shard = shard_intervals(self._cuts, dp.size, dp.index)
+        self.shard = shard_intervals(self._cuts, dp.size, dp.index)
         held = held_intervals(self._cuts, dp.size, dp.index, self.twins)
         self.intervals = held if self.scatter else [(0, total)]
-        self.owned = sum(stop - start for start, stop in self._shard) if self.scatter else total
+        self.owned = sum(stop - start for start, stop in self.shard) if self.scatter else total
         spans = [(slot.offset, slot.offset + slot.numel) for slot in self.model.trained]
         self._reducer = GradientReducer(self.grads, spans, self._cuts, dp, self.scatter, self.twins)
-        self._counted = _intersect(self._counted_intervals(), self._shard)
+        self._counted = _intersect(self._counted_intervals(), self.shard)
         self._sums = _TensorSums(self.model, self.grads, self.world.axis("tp"))
 
     def _counted_intervals(self) -> list[tuple[int, int]]:
@@ -190,7 +194,7 @@ class TrainEngine:
     def _attach_gradients(self) -> None:
         """Make autograd accumulate into the flat buffer: directly, or through a hook where weights are narrower."""
         self._index = {slot.param: i for i, slot in enumerate(self.model.trained)}
-        self._last_micro = False
+        self._last_micro = self._overlap = False
         for slot in self.model.trained:
             view = self.grads[slot.offset : slot.offset + slot.numel].view(slot.param.shape)
             hook = self._make_hook(slot.param, view)
@@ -258,30 +262,48 @@ class TrainEngine:
         Returns this rank's [loss sum, tokens, the objective's sums ...] in float64: zero where another rank counts the
         same tokens.
         """
-        batches = [self._place(batch) for batch in batches]
+        batches = self.placed(batches)
         self._check(batches)
+        losses = self.accumulate(batches, overlap=True)
+        self.reduce()
+        return self.count(losses, batches)
+
+    def accumulate(self, batches: Sequence[MicroBatch], overlap: bool = False) -> list[Tensor]:
+        """This replica's gradients of placed micro-batches (any number) into `grads`, not reduced over dp, and their
+        losses. overlap: reduce meanwhile what is complete; the rest is then for `reduce`. Collective over a replica."""
         assert self.whole, "weights are of two versions: the task has to be reshaped first"
         self._enter("forward_backward")
         assert self.grads.untyped_storage().nbytes(), "the engine is asleep; wake it"
         self.grads.zero_()
         self._reducer.begin()
         self._reported.clear()
-        losses = self._run_pipeline(batches) if self._piped else self._run_whole(batches)
+        self._overlap = overlap
+        run = self._run_pipeline if self._piped else self._run_whole
+        losses = run(batches) if batches else []
         self._last_micro = False
         self._sums.all_reduce()
         self._exchange_tied_ends()
+        return losses
+
+    def reduce(self) -> None:
+        """Sum over dp what `accumulate` left."""
         for index in range(len(self.model.trained)):
             self._reducer.ready(index)
         self._reducer.finish()
-        counts = self._count(losses, batches)
         self._enter("vote")
-        return counts
+
+    def placed(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches on this rank's device."""
+        device = self.world.device
+        if device.type == "cpu":
+            return list(batches)
+        return [batch.map(lambda tensor: tensor.to(device, non_blocking=True)) for batch in batches]
 
     def _run_whole(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         losses = []
         for i, batch in enumerate(batches):
             loss = self._forward(batch, 0, None, self._minimise)
-            self._last_micro = i == len(batches) - 1
+            self._last_micro = self._overlap and i == len(batches) - 1
             loss.backward()
             losses.append(loss.detach())
         return losses
@@ -295,6 +317,8 @@ class TrainEngine:
         )
 
     def _chunk_done(self, chunk: int) -> None:
+        if not self._overlap:
+            return
         shared = {*self.model.chunks[0].parameters()} & {*self.model.chunks[-1].parameters()}
         for param in self.model.chunks[chunk].parameters():
             late = param in self._late or (len(self.model.chunks) > 1 and param in shared)
@@ -313,12 +337,6 @@ class TrainEngine:
         received.wait()
         mine.add_(other)
 
-    def _place(self, batch: MicroBatch) -> MicroBatch:
-        device = self.world.device
-        if device.type == "cpu":
-            return batch
-        return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
-
     def _check(self, batches: Sequence[MicroBatch]) -> None:
         if self.micro_batches not in (None, len(batches)):
             raise ValueError(f"got {len(batches)} micro-batches, this rank runs {self.micro_batches} in a step")
@@ -330,7 +348,8 @@ class TrainEngine:
                 "one of them, or turn parallel.sequence_parallel off"
             )
 
-    def _count(self, losses: Sequence[Tensor], batches: Sequence[MicroBatch]) -> Tensor:
+    def count(self, losses: Sequence[Tensor], batches: Sequence[MicroBatch]) -> Tensor:
+        """[loss sum, tokens, the objective's sums ...] of what was just run; zero where another rank counts them."""
         names = self.objective.sums
         if not losses or self.world.coords.tp:
             return torch.zeros(2 + len(names), dtype=torch.float64)
@@ -348,12 +367,19 @@ class TrainEngine:
 
         Raises TrainingStopped after too many skipped steps in a row.
         """
-        self._samples = samples
+        self._samples, self._verdict = samples, None
+        self.phases_s.clear()
         with self._timed("forward_backward"):
             counts = self.forward_backward(batches)
+        if self._compares():
+            with self._timed("agreement"):
+                counts = self._agreed(batches, counts)
         with self._timed("vote"):
-            vote = self.vote(counts)
+            vote = self.vote(counts, last=False)
         culprit = self._culprit(counts) if vote.skip == "non-finite" else None
+        if not self.passed:
+            with self._timed("recheck"):
+                vote, self._verdict = Recheck(self, batches, vote).run(counts)
         lr = self._learning_rate()
         if vote.skip is None:
             with self._timed("update"):
@@ -383,9 +409,24 @@ class TrainEngine:
         yield
         self.phases_s[phase] = time.perf_counter() - start
 
-    def vote(self, counts: Tensor) -> Vote:
-        """All ranks agree on loss, norm, tokens and whether to apply the step. One all-reduce of a few float64."""
-        squares = sum((_square_sum(self.grads[a:b]) for a, b in self._counted), torch.zeros((), dtype=torch.float64))
+    def _compares(self) -> bool:
+        """Whether replicas are compared in the step under way."""
+        every = self.config.guard.agreement_interval
+        return bool(every) and (self.counters.step + 1) % every == 0
+
+    def _agreed(self, batches: Sequence[MicroBatch], counts: Tensor) -> Tensor:
+        """Compare replicas before anything is made of the gradients; where a few held wrong numbers these have been
+        brought from the others, and the batch is done again."""
+        self._verdict = reconcile(self)
+        return counts if self._verdict is None else self.forward_backward(batches)
+
+    def vote(self, counts: Tensor, last: bool = True) -> Vote:
+        """All ranks agree on loss, norm, tokens and whether to apply the step. One all-reduce of a few float64.
+
+        last: it is passed whatever came out. Otherwise a doubtful one is not: all do the batch again (recheck.py), and
+        whoever is lost meanwhile leaves a step that nobody voted on.
+        """
+        squares = sum((square_sum(self.grads[a:b]) for a, b in self._counted), torch.zeros((), dtype=torch.float64))
         ballot = torch.cat((counts, squares.reshape(1)))
         loss_sum, tokens, *sums, square = self.world.axis("world").all_reduce_(ballot).tolist()
         if tokens == 0:
@@ -395,8 +436,19 @@ class TrainEngine:
         loss = loss_sum / divisor
         named = dict(zip(self.objective.sums, sums, strict=True))
         skip = self._guard.judge(loss, norm, self.counters)
-        self._vote = Vote(loss, norm, int(tokens), skip, divisor, named)
-        return self._vote
+        vote = Vote(loss, norm, int(tokens), skip, divisor, named)
+        doubted = not last and self.doubt(vote) is not None
+        self._vote = None if doubted else vote
+        return vote
+
+    def doubt(self, vote: Vote) -> str | None:
+        """See `Guard.doubt`."""
+        return self._guard.doubt(vote.grad_norm, vote.skip, self.counters)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the vote of the step under way was passed."""
+        return self._vote is not None
 
     def update(self, vote: Vote, lr: float) -> None:
         """Apply the gradients to what this rank owns. Local."""
@@ -425,8 +477,9 @@ class TrainEngine:
         self._guard.count(record, vote.skip, vote.grad_norm)
         self._vote, self._last = None, vote
         self._enter("between")
-        blame = str(culprit) if culprit else None
-        result = StepResult(record.step, vote.loss, vote.grad_norm, vote.tokens, lr, vote.skip, blame, vote.sums)
+        blame = str(culprit) if culprit and vote.skip else None
+        told = (vote.skip, blame, vote.sums, self._verdict)
+        result = StepResult(record.step, vote.loss, vote.grad_norm, vote.tokens, lr, *told)
         self._guard.check(record, result.culprit)
         return result
 
@@ -481,6 +534,11 @@ class TrainEngine:
         if storage.nbytes() != self.grads.nbytes:
             storage.resize_(self.grads.nbytes)
 
+    def tear(self) -> None:
+        """What this rank holds is wrong, and about to be overwritten: found here, it counts among the lost."""
+        self.settle()
+        self._enter("update")
+
     def settle(self) -> None:
         """Wait for whoever still reads the weights (see `add_barrier`); after it they may change."""
         for barrier in self._barriers:
@@ -496,7 +554,7 @@ class TrainEngine:
         Collective."""
         self._reported.clear()
         losses = self.score(batches, self._minimise)
-        return self.world.axis("world").all_reduce_(self._count(losses, batches))
+        return self.world.axis("world").all_reduce_(self.count(losses, batches))
 
     @torch.no_grad()
     def score(self, batches: Sequence[MicroBatch], judge: Judge) -> list[Tensor]:
@@ -504,7 +562,7 @@ class TrainEngine:
 
         Collective over a replica. The results are on the ranks of the last stage; others return nothing.
         """
-        batches = [self._place(batch) for batch in batches]
+        batches = self.placed(batches)
         self._check(batches)
         if not self._piped:
             return [self._forward(batch, 0, None, judge) for batch in batches]
@@ -571,10 +629,3 @@ class _TensorSums:
 def _intersect(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     pairs = ((max(p[0], q[0]), min(p[1], q[1])) for p in a for q in b)
     return [(start, stop) for start, stop in pairs if start < stop]
-
-
-def _square_sum(flat: Tensor, row: int = 4096) -> Tensor:
-    """Sum of squares in float64 of per-row fp32 norms: exact enough for a global norm, and one pass over the data."""
-    whole = flat.numel() // row * row
-    squares = torch.linalg.vector_norm(flat[:whole].view(-1, row), dim=1).double().square().sum()
-    return (squares + flat[whole:].double().square().sum()).cpu()

@@ -1,10 +1,14 @@
-"""Guarding the numbers: when to skip a step, when to stop, and what went bad first."""
+"""Guarding the numbers: when to doubt a step, when to skip it, when to stop, and what went bad first.
+
+What is found out about a doubted step (recheck.py) and about replicas that differ (agreement.py) is a `Verdict`.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +20,7 @@ from raytron.parallel.collectives import World
 if TYPE_CHECKING:
     from raytron.training.engine import Record
 
-__all__ = ["Culprit", "Guard", "TrainingStopped", "find_culprit"]
+__all__ = ["Culprit", "Guard", "ReplicasDisagree", "TrainingStopped", "Verdict", "find_culprit", "square_sum"]
 
 NORM_MEMORY = 0.95  # the running mean of gradient norms forgets over about 20 steps
 WARM_STEPS = 20  # norms seen before a spike can be told from noise
@@ -24,6 +28,53 @@ WARM_STEPS = 20  # norms seen before a spike can be told from noise
 
 class TrainingStopped(RuntimeError):  # noqa: N818 - an outcome, not a malfunction of the code
     """Too many steps in a row were skipped."""
+
+
+class ReplicasDisagree(RuntimeError):  # noqa: N818 - reads as what was found
+    """Data-parallel replicas hold different numbers, and no majority says whose are right."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found out about numbers that could not be trusted.
+
+    Attributes:
+        kind: "data" (or the model: the same numbers come out wherever it is run), or "hardware".
+        what: "non-finite", "spike" or "suspicious norm" of a step's gradients; "replicas differ".
+        ranks: who computed or held wrong numbers: several of a replica, whose parts infect each other, and with `sure`
+            off those of several replicas, of which one was wrong.
+        hosts: (host name, process id) of each.
+        lasting: they came again when the work was repeated.
+        mended: the step went on with good numbers.
+        tensor: what differed, where it was held.
+        digests: of each of `ranks`: of its numbers, and of what they should have been.
+        compared: another replica was asked.
+    """
+
+    kind: Literal["data", "hardware"]
+    what: str
+    ranks: tuple[int, ...] = ()
+    hosts: tuple[tuple[str, int], ...] = ()
+    sure: bool = True
+    lasting: bool = False
+    mended: bool = False
+    tensor: str = ""
+    digests: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+    compared: bool = True
+
+    def told(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self) | {"digests": {str(rank): list(pair) for rank, pair in self.digests.items()}}
+
+    def __str__(self) -> str:
+        if self.kind == "data":
+            where = "here and on another replica" if self.compared else "here, and there is no other replica to ask"
+            return f"{self.what} by data or model: the same when run again {where}"
+        hosts = zip(self.ranks, self.hosts, strict=True)
+        who = (", " if self.sure else " or ").join(f"{rank} ({host}, pid {pid})" for rank, (host, pid) in hosts)
+        how = self.tensor or ("wrong again, and not on another replica" if self.lasting else "not when run again")
+        end = "" if self.mended else "; no good numbers were found"
+        return f"{self.what} by hardware of {f'rank {who}' if who else 'an unknown rank'}: {how}{end}"
 
 
 class Guard:
@@ -40,6 +91,13 @@ class Guard:
         if factor is not None and record.updates >= WARM_STEPS and norm > factor * record.norm_mean:
             return "spike"
         return None
+
+    def doubt(self, norm: float, skip: str | None, record: Record) -> str | None:
+        """Why not to believe a step before it was run again; None where there is no reason, or nobody asks."""
+        factor = self.config.suspect_factor
+        if skip is None and factor is not None and record.updates >= WARM_STEPS and norm > factor * record.norm_mean:
+            skip = "suspicious norm"
+        return skip if self.config.recheck else None
 
     def count(self, record: Record, skip: str | None, norm: float) -> None:
         """Note the decision in the record."""
@@ -62,6 +120,13 @@ class Guard:
                 "weights are those of the last good step: lower optimizer.lr, look at the data of these steps, or "
                 "raise guard.max_consecutive_skips"
             )
+
+
+def square_sum(flat: Tensor, row: int = 4096) -> Tensor:
+    """Sum of squares in float64 of per-row fp32 norms: exact enough for a global norm, and one pass over the data."""
+    whole = flat.numel() // row * row
+    squares = torch.linalg.vector_norm(flat[:whole].view(-1, row), dim=1).double().square().sum()
+    return (squares + flat[whole:].double().square().sum()).cpu()
 
 
 @dataclass(frozen=True)

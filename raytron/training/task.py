@@ -198,6 +198,7 @@ class PretrainTask(Reshaping):
             skipped_total=counters.skipped,
             nan_total=counters.nan_steps,
             notice=self._notice(result),
+            verdict=result.verdict.told() if result.verdict else {},
             phases_s=dict(self.engine.phases_s),
         )
 
@@ -205,7 +206,8 @@ class PretrainTask(Reshaping):
         skipped = f"step {result.step} was skipped: {result.skipped}" if result.skipped else None
         if skipped and result.culprit:
             skipped += f", first the {result.culprit}"
-        return "; ".join(filter(None, (skipped, self.saves.failed())))
+        doubted = f"step {result.step}: {result.verdict}" if result.verdict else None
+        return "; ".join(filter(None, (skipped, doubted, self.saves.failed())))
 
 
 def sample_counts(config: PretrainConfig) -> tuple[int, int]:

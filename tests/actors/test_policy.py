@@ -339,6 +339,22 @@ def test_a_stragglers_node_gets_nothing_new():
     assert decide(replace(left, now_s=500.0 + RULES.flaky_window_s + 1)).action == Grow(4)
 
 
+def test_whoever_computes_wrong_numbers_leaves_if_the_seat_can_be_filled_elsewhere_or_done_without():
+    wrong = state(Mesh(dp=4), faulty=("p3",), spares=(Spare("s", "n9"),))
+    assert decide(wrong).action == Replace(("p3",), "spare")
+    assert "p3 were wrong" in decide(wrong).reason
+    assert decide(replace(wrong, spares=(), free={"n9": 1})).action == Replace(("p3",), "cold")
+    alone = replace(wrong, spares=(), free={"n3": 1})  # only its own node has a seat
+    assert decide(alone).action == Shrink(3, (3,))
+    assert decide(replace(alone, bounds=(4, 4))).action == Continue()
+    assert decide(replace(wrong, at_boundary=False)).action == Continue()
+
+
+def test_replicas_that_disagree_go_back_to_the_checkpoint_and_so_does_what_is_lost_with_them():
+    assert decide(state(Mesh(dp=2), disagree=True)).action == Rewind(Continue())
+    assert decide(state(Mesh(dp=4), disagree=True, lost=lost(1))).action == Rewind(Replace(("p1",), "cold"))
+
+
 def test_growing_keeps_its_distance_from_faults_and_changes():
     one = state(Mesh(dp=2), bounds=(1, 4), free={"n9": 2})
     assert decide(one).action == Grow(4)

@@ -215,14 +215,14 @@ class Crew:
 def _drop(engine: TrainEngine, point: str) -> None:
     """Make a rank vanish at `point` of its next step."""
 
-    def vanish(*_: Any) -> None:
+    def vanish(*_: Any, **__: Any) -> None:
         raise Dropped(point)
 
     def after(method: str) -> Callable[..., None]:
         real = getattr(engine, method)
 
-        def called(*args: Any) -> None:
-            real(*args)
+        def called(*args: Any, **how: Any) -> None:
+            real(*args, **how)
             vanish()
 
         return called
@@ -245,8 +245,8 @@ def _hear(engine: TrainEngine, everyone: threading.Barrier, deaf: bool) -> None:
     """Go on from a vote when everyone has passed it; or, deaf, never hear the outcome."""
     real = engine.vote
 
-    def vote(counts: Any) -> Any:
-        vote = real(counts)
+    def vote(counts: Any, **how: Any) -> Any:
+        vote = real(counts, **how)
         everyone.wait()
         if deaf:
             engine._vote = None  # as if the wait for it had given up

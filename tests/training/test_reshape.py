@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from raytron.config import LoRAConfig, TrainConfig
+from raytron.config import GuardConfig, LoRAConfig, TrainConfig
 from raytron.parallel.layout import CoverageError
 from raytron.parallel.mesh import Mesh
 from raytron.training import StepResult
@@ -259,7 +259,8 @@ def test_adapters_move_with_what_they_are_beside():
 @apart
 def test_a_step_that_was_to_be_skipped_is_skipped_once():
     """Its vote is passed, and the one that looks for what went bad first vanishes."""
-    calm, struck = (Crew(Mesh(dp=2), chosen_for(Mesh(), twins=True), ARCHS["untied"]) for _ in range(2))
+    chosen = config(parallel={"twins": True}, guard=GuardConfig(recheck=False))
+    calm, struck = (Crew(Mesh(dp=2), chosen, ARCHS["untied"]) for _ in range(2))
     for crew in (calm, struck):
         all_of(crew.run(step_of("untied")))
         hooks = [t.engine.model.trained[0].param.register_hook(lambda grad: grad * torch.nan) for t in crew.ranks]
