@@ -300,6 +300,7 @@ class Elastic:
     def _decided(self, left: Survivors, spent: Spent, error: WorkerError) -> Decision:
         """What to do about the loss, once there are all whom it needs."""
         while True:
+            self._arrived()  # who was on the way already holds seats that nobody else can have
             decision = decide(self._state(left.lost, left.covered))
             self._control.decided(decision)
             if isinstance(decision.action, Stop):
