@@ -18,6 +18,7 @@ SCRIPTS = (
     "serve.py",
     "learning.py",
     "faults.py",
+    "elastic_faults.py",
     "weight_sync.py",
     "grpo_step.py",
     "async.py",
@@ -151,6 +152,14 @@ def test_learning(tmp_path: Path):
 def test_faults(tmp_path: Path):
     rows = rows_of(run(ROOT / "benchmarks" / "faults.py", "--seeds", 1, "--output", tmp_path / "faults.md"))
     assert rows[-1]["ours"] == 1.0
+
+
+@pytest.mark.slow
+def test_elastic_faults(tmp_path: Path):
+    page = tmp_path / "elastic_faults.md"
+    rows = rows_of(run(ROOT / "benchmarks" / "elastic_faults.py", "--quick", "--faults", 2, "--output", page))
+    assert rows[0]["ours"] == 1.0
+    assert rows[0]["details"]["faults"] == 2
 
 
 @pytest.mark.slow

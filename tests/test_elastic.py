@@ -20,11 +20,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
 
 
-def drill(folder: Path, name: str, deeds: list[tuple[int, str]], last: int) -> list[StepRecord]:
-    """Records of the steps of a run to which all this was done."""
+def drill(folder: Path, name: str, deeds: list[dict], last: int) -> list[StepRecord]:
+    """Records of the steps of a run to which all this was done, see benchmarks/_drill.py."""
     log = folder / f"{name}.log"
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.drill", str(folder), name, json.dumps(deeds), str(last)]
+    script = str(ROOT / "benchmarks" / "_drill.py")
+    command = [sys.executable, script, str(folder), name, json.dumps(deeds), str(last)]
     with log.open("w") as out:
         code = subprocess.run(
             command, env=env, cwd=folder, stdout=out, stderr=subprocess.STDOUT, timeout=600
@@ -38,8 +39,8 @@ def events(folder: Path, name: str, *kinds: str) -> list[dict]:
 
 
 def test_losses_are_those_of_the_quiet_run_whatever_happens_to_ranks_and_nodes(tmp_path):
-    deeds = [(10, "kill"), (20, "remove node"), (30, "add node"), (40, "reshape"), (50, "stop"), (60, "drain")]
-    hurt = drill(tmp_path, "hurt", deeds, last=70)
+    deeds = ["kill", "remove node", "add node", "reshape", "kill driver", "stop", "drain"]
+    hurt = drill(tmp_path, "hurt", [{"what": deed, "chance": 0.0} for deed in deeds], last=70)
     quiet = drill(tmp_path, "quiet", [], last=hurt[-1].step)
     assert [record.step for record in hurt] == list(range(1, len(hurt) + 1))  # nothing lost, nothing twice
     assert [record.consumed_samples for record in hurt] == [8 * record.step for record in hurt]
@@ -47,4 +48,7 @@ def test_losses_are_those_of_the_quiet_run_whatever_happens_to_ranks_and_nodes(t
     assert not events(tmp_path, "hurt", "rewound")  # every shard had a twin on the other node
     sizes = [4, *(math.prod(event["mesh"]) for event in events(tmp_path, "hurt", "recovered", "resized"))]
     assert min(sizes) == sizes[-1] == 2
+    assert len(events(tmp_path, "hurt", "began")) == 2
+    # The second driver knew of the wish for another shape.
+    assert events(tmp_path, "hurt", "recovered", "resized")[-1]["mesh"] == [1, 1, 1, 2]
     assert any(before < after for before, after in pairwise(sizes))
