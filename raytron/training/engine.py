@@ -157,11 +157,14 @@ class TrainEngine:
         self.owned = sum(stop - start for start, stop in self.shard) if self.scatter else total
         spans = [(slot.offset, slot.offset + slot.numel) for slot in self.model.trained]
         self._reducer = GradientReducer(self.grads, spans, self._cuts, dp, self.scatter, self.twins)
-        self._counted = _intersect(self._counted_intervals(), self.shard)
+        self._counted, self._copied = (
+            _intersect(self._counted_intervals(copies), self.shard) for copies in (False, True)
+        )
         self._sums = _TensorSums(self.model, self.grads, self.world.axis("tp"))
 
-    def _counted_intervals(self) -> list[tuple[int, int]]:
-        """Flat intervals of the elements that this rank, of its tp and pp peers, counts in norms."""
+    def _counted_intervals(self, copies: bool) -> list[tuple[int, int]]:
+        """Flat intervals of the elements that this rank, of its tp and pp peers, counts in norms; or of its copies of
+        what others count."""
         twin = self._twin if self.world.coords.pp else None
         out: list[tuple[int, int]] = []
         end = 0  # of the part before, whoever counts it
@@ -169,7 +172,7 @@ class TrainEngine:
             for part in slot.param.parts:
                 start = slot.offset + part.offset
                 gap, end = start - end, start + math.prod(part.size)
-                if part.replica or slot.param is twin:
+                if (part.replica or slot.param is twin) != copies:
                     continue
                 if out and start - out[-1][1] == gap < ALIGN:  # what lies between is an alignment's, and zero
                     out[-1] = (out[-1][0], end)
@@ -427,6 +430,8 @@ class TrainEngine:
         whoever is lost meanwhile leaves a step that nobody voted on.
         """
         squares = sum((square_sum(self.grads[a:b]) for a, b in self._counted), torch.zeros((), dtype=torch.float64))
+        for a, b in self._copied:  # another rank counts them, but here they may be bad all the same
+            squares += 0.0 * square_sum(self.grads[a:b])
         ballot = torch.cat((counts, squares.reshape(1)))
         loss_sum, tokens, *sums, square = self.world.axis("world").all_reduce_(ballot).tolist()
         if tokens == 0:

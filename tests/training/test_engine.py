@@ -310,6 +310,20 @@ def test_a_bad_number_skips_the_step_and_its_place_is_named(ranks, mesh, arch, k
         assert (record["consecutive_skips"], record["consumed_samples"]) == (0, 3 * BATCH)
 
 
+def run_bad_copy(world: World):
+    """The gradient of a weight that both ranks hold goes bad on the one whose copy the norm does not count."""
+    parallel = {"tp": world.mesh.tp, "sequence_parallel": False}
+    engine = make("untied", world, config(parallel=parallel, guard=GuardConfig(recheck=False)))
+    if world.rank == 1:
+        spoil_gradient(engine.model.chunks[-1].norm.weight)
+    result = engine.step(batches(engine, "untied", 0))
+    return result.skipped, result.culprit
+
+
+def test_a_bad_copy_of_what_another_rank_counts_is_seen_too(ranks):
+    assert ranks.run(run_bad_copy, Mesh(tp=2)) == [("non-finite", "gradient of model.norm.weight on rank 1")] * 2
+
+
 def run_without_zero(world: World, spoil_logits: bool):
     """A replica goes bad, and nothing of its gradients is left but the sum over dp."""
     chosen = config(parallel={"zero": False, "tp": world.mesh.tp}, guard=GuardConfig(recheck=False))
