@@ -63,7 +63,7 @@ def config_of(case: Case, seed: int, steps: int | None, storage: str) -> Any:
     config = __import__(f"recipes.{case.recipe}", fromlist=["config"]).config
     changes = dict(case.changes)
     if case.algorithm is not None:
-        changes["algorithm"] = AlgorithmConfig(name=case.algorithm)
+        changes["algorithm"] = AlgorithmConfig(name=case.algorithm, entropy_coefficient=0.01)
     if case.engine:
         changes["rollout"] = replace(config.rollout, engine=replace(config.rollout.engine, **case.engine))
     if case.heads is not None:

@@ -19,7 +19,7 @@ config = RLConfig(
     group_size=32,
     steps=100,
     optimizer=OptimizerConfig(lr=2e-3, min_lr=0.0, beta2=0.999, weight_decay=0.0),
-    schedule=ScheduleConfig(kind="constant"),
+    schedule=ScheduleConfig(kind="linear"),
     evaluation=RLEvalConfig(interval=25),
     run=RunConfig(name="agent"),
 )

@@ -19,7 +19,7 @@ config = RLConfig(
     group_size=16,
     steps=200,
     optimizer=OptimizerConfig(lr=2e-3, min_lr=0.0, beta2=0.999, weight_decay=0.0),
-    schedule=ScheduleConfig(kind="constant"),
+    schedule=ScheduleConfig(kind="linear"),
     evaluation=RLEvalConfig(interval=50),
     run=RunConfig(name="async-grpo"),
 )

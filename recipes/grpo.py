@@ -24,13 +24,13 @@ from raytron.rl.config import AlgorithmConfig, RLConfig, RLEvalConfig, RolloutCo
 config = RLConfig(
     model=ModelConfig(preset="llama-tiny"),
     task=TaskConfig(name="echo-digit"),
-    algorithm=AlgorithmConfig(name="grpo", clip_high=0.28),
+    algorithm=AlgorithmConfig(name="grpo", clip_high=0.28, entropy_coefficient=0.01),
     rollout=RolloutConfig(engine=EngineConfig(max_num_seqs=256, max_batched_tokens=4096, kv_cache_mb=64)),
     prompts=32,
     group_size=8,
     steps=60,
     optimizer=OptimizerConfig(lr=3e-3, min_lr=0.0, beta2=0.999, weight_decay=0.0),
-    schedule=ScheduleConfig(kind="constant"),
+    schedule=ScheduleConfig(kind="linear"),
     evaluation=RLEvalConfig(interval=20),
     run=RunConfig(name="grpo", checkpoint_config=CheckpointConfig(interval=20)),
 )

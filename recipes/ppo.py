@@ -17,7 +17,7 @@ config = RLConfig(
     steps=150,
     optimizer=OptimizerConfig(lr=2e-3, min_lr=0.0, beta2=0.999, weight_decay=0.0),
     critic=OptimizerConfig(lr=3e-3, min_lr=0.0, beta2=0.999, weight_decay=0.0),
-    schedule=ScheduleConfig(kind="constant"),
+    schedule=ScheduleConfig(kind="linear"),
     evaluation=RLEvalConfig(interval=50),
     run=RunConfig(name="ppo"),
 )

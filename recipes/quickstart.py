@@ -44,7 +44,7 @@ policy = RLConfig(
     task=TaskConfig(name="echo-digit"),
     rollout=RolloutConfig(engine=EngineConfig(max_num_seqs=256, max_batched_tokens=4096, kv_cache_mb=64)),
     steps=40,
-    optimizer=OptimizerConfig(lr=3e-3, min_lr=0.0, beta2=0.999, weight_decay=0.0),
+    optimizer=OptimizerConfig(lr=3e-3, min_lr=0.0, weight_decay=0.0),
     schedule=ScheduleConfig(kind="constant"),
 )
 
