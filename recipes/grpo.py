@@ -7,7 +7,8 @@ Llama 3 on grade-school mathematics, on a node of 8 GPUs (4 train, 4 answer):
     python recipes/grpo.py --run.name gsm8k --model.path /models/Llama-3.2-1B-Instruct --precision bf16 \\
         --task.name gsm8k --task.options path gsm8k/train.jsonl tokenizer /models/Llama-3.2-1B-Instruct \\
         --scaling.num-workers 4 --scaling.use-gpu --rollout.engines 4 --rollout.gpus 1 --rollout.engine.engine vllm \\
-        --prompts 128 --group-size 16 --micro-batch-tokens 32768 --optimizer.lr 1e-6
+        --prompts 128 --group-size 16 --micro-batch-tokens 32768 --optimizer.lr 1e-6 \\
+        --schedule.kind constant --algorithm.entropy-coefficient 0
 """
 
 from raytron.config import (
