@@ -66,7 +66,7 @@ class Way:
 
 
 WAYS = {
-    "fp64": Way("fp64", 3e-3, 1e-9, 0.1),
+    "fp64": Way("fp64", 3e-4, 1e-9, 0.1),
     "fp32": Way("fp32", 1e-3, 1e-5, 2.0, steps=50, most_after=1),
 }
 
@@ -145,7 +145,7 @@ class Quiet:
     def upto(self, step: int) -> Curve:
         """Its curve, at least that long."""
         if max(self.curve.train, default=0) < step:
-            self.curve = self._of(step + step // 2)
+            self.curve = self._of(step + step // 4)
         return self.curve
 
     def sensitivity(self, step: int) -> dict[str, float]:
