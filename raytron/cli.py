@@ -515,16 +515,24 @@ class Status:
 
 @dataclass(frozen=True)
 class Scale:
-    """Ask a live run for another number of ranks, within its scaling.num_workers. Nothing is restarted."""
+    """Ask a live run for another number of ranks, within its scaling.num_workers, or an RL run for another number of
+    engines, within its rollout.engines. Nothing is restarted."""
 
     target: Positional[str]
     """Folder of the run (runs/NAME), or its name in the cluster of RAY_ADDRESS."""
-    num_workers: int
+    num_workers: int | None = None
     """Ranks."""
+    engines: int | None = None
+    """Rollout engines."""
+
+    def __post_init__(self) -> None:
+        if (self.num_workers is None) == (self.engines is None):
+            raise ValueError("name one of --num-workers and --engines")
 
     def run(self) -> None:
         """Ask, and print the answer."""
-        _ask(self.target, {"num_workers": self.num_workers})
+        key = "num_workers" if self.engines is None else "engines"
+        _ask(self.target, {key: getattr(self, key)})
 
 
 @dataclass(frozen=True)
@@ -558,7 +566,8 @@ def _ask(run: str, request: dict[str, int | None]) -> None:
 
 @dataclass(frozen=True)
 class Chaos:
-    """Kill random ranks of a live run, to see for yourself that it goes on. Its failure_config.max_failures counts."""
+    """Kill random ranks and rollout engines of a live run, to see for yourself that it goes on. Its
+    failure_config.max_failures and rollout.max_restarts count."""
 
     target: Positional[str]
     """Folder of the run (runs/NAME), or its name in the cluster of RAY_ADDRESS."""
@@ -580,7 +589,7 @@ class Chaos:
 
         with live.talking_to(self.target) as mailbox:
             count = live.chaos(mailbox, _seconds(self.kill_every), self.how, self.seed, print, self.most)
-        print(f"{count} ranks in all")
+        print(f"{count} in all")
 
 
 def _seconds(text: str) -> float:

@@ -152,6 +152,7 @@ def flip_a_bit(path: Path) -> None:
         (["preprocess", "{tmp}", "--output", "{tmp}/x", "--tokenizer", "byte"], "nothing to read"),
         (["preprocess", "{text}", "--output", "{tmp}/x", "--tokenizer", "nope"], "tokenizer 'nope' isn't there"),
         (["scale", "{tmp}", "--num-workers", "2"], "give its folder, or set RAY_ADDRESS"),
+        (["scale", "{tmp}", "--engines", "2"], "give its folder, or set RAY_ADDRESS"),
         (["chaos", "{tmp}"], "give its folder, or set RAY_ADDRESS"),
     ],
 )
@@ -170,6 +171,8 @@ def test_bad_input_is_a_value_error_with_the_mend(
         ["preprocess", "--output", "x"],
         ["chaos", "x", "--kill-every", "soon"],
         ["reshape", "x"],
+        ["scale", "x"],
+        ["scale", "x", "--num-workers", "2", "--engines", "2"],
         ["nope"],
         [],
     ],

@@ -43,6 +43,9 @@ SAID = (
     "resized",
     "no newcomers",
     "waiting",
+    "engine joined",
+    "engine left",
+    "no engines",
 )
 PATIENCE_S = 5.0  # with the mailbox
 
@@ -91,9 +94,9 @@ class Control:
     @contextmanager
     def watching(self, group: ElasticGroup) -> Iterator[Watch]:
         """Watch `group`, and be talked to, for the length of the block."""
-        with Watch(group, self._limits, lambda event, what: self.note(event, what=what), self._visit) as self.watch:
+        with Watch(group, self._limits, lambda event, what: self.note(event, what=what), self.visit) as self.watch:
             yield self.watch
-        self._visit(last=True)
+        self.visit(last=True)
 
     def note(self, event: str, **what: Any) -> None:
         """Write down that this happened now."""
@@ -115,7 +118,8 @@ class Control:
     def stepped(self, record: Any) -> None:
         """A step was done."""
         self._useful_s += record.step_time_s
-        self.watch.step(record.step_time_s)
+        if self.watch is not None:
+            self.watch.step(record.step_time_s)
         self._status |= {"step": record.step, "loss": record.loss, "step_time_s": record.step_time_s}
 
     def seated(self, group: ElasticGroup) -> None:
@@ -123,6 +127,10 @@ class Control:
         rows = [(m.rank, m.name, m.where) for m in (*group.members, *group.spares)]
         ranks = [{"rank": rank, "place": name, **asdict(where)} for rank, name, where in rows]
         self._status |= {"mesh": _sizes(group.mesh), "generation": group.generation, "ranks": ranks}
+
+    def engines(self, rows: list[dict[str, Any]]) -> None:
+        """A run's rollout engines are these now; see `RolloutGroup.members`."""
+        self._status["engines"] = rows
 
     def slow(self) -> Mapping[str, float]:
         """Scores of seated members, where anybody wants to hear of slow ones."""
@@ -162,7 +170,8 @@ class Control:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _visit(self, last: bool = False) -> None:
+    def visit(self, last: bool = False) -> None:
+        """Leave status and answers in the mailbox and take requests out, unless that was done a moment ago."""
         if not last and time.monotonic() - self._visited_s < VISIT_S:
             return
         self._visited_s = time.monotonic()
@@ -188,6 +197,12 @@ def _sizes(mesh: Any) -> list[int]:
 
 def _line(event: str, what: Mapping[str, Any]) -> str:
     """What the user hears of an event."""
+    if event == "engine joined":
+        return (
+            f"engine {what['engine']} joined after {what['seconds']:.1f} s, with weights of version {what['version']}"
+        )
+    if event == "engine left":
+        return f"engine {what['engine']} left: {what['reason']}"
     if event in ("recovered", "rewound", "resized"):
         dp, pp, _, tp = what["mesh"]
         took = sum(seconds for part, seconds in what.items() if part.endswith("_s") and part != "recovery_s")

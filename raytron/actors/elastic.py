@@ -225,6 +225,9 @@ class Elastic:
 
     def _take_requests(self) -> None:
         for asked in self._control.requests():
+            if asked.get("engines") is not None:
+                self._control.answer(asked, "this run has no rollout engines; --num-workers changes its ranks")
+                continue
             request = Request(**wish_after(self._control.wish, asked, time.time()))
             self._consider(request)
             why = refusal(self._state({}, True), request)

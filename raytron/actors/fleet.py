@@ -8,9 +8,12 @@
                   v
                  LOST                   not started again
 
-A restarted engine holds the weights of its directory, not those of the moment: it stays STALE, and is given no request,
-until it has confirmed the current version. Without that state the first answers after a crash are those of old weights,
-and nothing says so.
+    STALE, READY -> LEAVING -> LEFT     is given nothing more; it has gone, its seats are given back
+    STARTING -----------------> LEFT    had no seat, or is not wanted any more
+
+Engines are numbered in the order in which they came; no number is given twice. A restarted engine holds the weights of
+its directory, not those of the moment: it stays STALE, and is given no request, until it has confirmed the current
+version. Without that state the first answers after a crash are those of old weights, and nothing says so.
 """
 
 from __future__ import annotations
@@ -34,14 +37,18 @@ class Health(StrEnum):
     READY = "ready"
     FAILED = "failed"
     LOST = "lost"
+    LEAVING = "leaving"
+    LEFT = "left"
 
 
 _NEXT = {
-    Health.STARTING: {Health.STALE, Health.FAILED},
-    Health.STALE: {Health.READY, Health.FAILED},
-    Health.READY: {Health.READY, Health.STALE, Health.FAILED},
+    Health.STARTING: {Health.STALE, Health.FAILED, Health.LEFT},
+    Health.STALE: {Health.READY, Health.FAILED, Health.LEAVING},
+    Health.READY: {Health.READY, Health.STALE, Health.FAILED, Health.LEAVING},
     Health.FAILED: {Health.STARTING, Health.LOST},
     Health.LOST: set(),
+    Health.LEAVING: {Health.LEFT},
+    Health.LEFT: set(),
 }
 
 
@@ -58,8 +65,10 @@ class Fleet:
     """The states of engines 0 .. size - 1, changed by what happens to them.
 
     Args:
+        size: engines to begin with.
         max_failures: how often engines are started again, all together; -1 is any number.
         current: version of the weights that engines must have; None until the first push.
+        most: how many there may be at a time, `size` where it does not change.
 
     Attributes:
         states: of each engine.
@@ -68,9 +77,15 @@ class Fleet:
     An event that cannot happen in an engine's state is an `AssertionError`: the caller has lost track.
     """
 
-    def __init__(self, size: int, max_failures: int = 0, current: int | None = None) -> None:
+    def __init__(self, size: int, max_failures: int = 0, current: int | None = None, most: int | None = None) -> None:
         self.max_failures, self.current, self.failures = max_failures, current, 0
+        self.most = size if most is None else most
         self.states = [EngineState()] * size
+
+    def joining(self) -> int:
+        """Another engine, STARTING; its number."""
+        self.states.append(EngineState())
+        return len(self.states) - 1
 
     def started(self, engine: int, version: int | None) -> None:
         """It runs, with weights of `version` (None: with none). READY at once if those are the current ones."""
@@ -102,6 +117,15 @@ class Fleet:
         self._move(engine, Health.STARTING if again else Health.LOST)
         return again
 
+    def leaving(self, engine: int) -> None:
+        """It is given no more requests, and no more weights."""
+        self._move(engine, Health.LEAVING)
+
+    def left(self, engine: int, reason: str, excused: bool = False) -> None:
+        """It has gone, and nobody waits for it. excused: its last failure does not count."""
+        self._move(engine, Health.LEFT, version=None, reason=reason)
+        self.failures -= excused
+
     def of(self, *healths: Health) -> tuple[int, ...]:
         """The engines in one of these states."""
         return tuple(engine for engine, state in enumerate(self.states) if state.health in healths)
@@ -112,9 +136,14 @@ class Fleet:
         return self.of(Health.READY)
 
     @property
+    def present(self) -> tuple[int, ...]:
+        """Those that are there to stay, or are started (again) to be."""
+        return self.of(Health.STARTING, Health.STALE, Health.READY)
+
+    @property
     def hopeless(self) -> bool:
-        """Whether no engine will ever answer again."""
-        return len(self.of(Health.LOST)) == len(self.states)
+        """Whether no engine will ever answer again: places of LOST ones are not filled, others may be."""
+        return len(self.of(Health.LOST)) >= self.most and not self.present
 
     def _move(self, engine: int, to: Health, **changes: object) -> None:
         state = self.states[engine]
@@ -157,6 +186,10 @@ class Balancer:
         self.outstanding = [0] * size
         self._slack = slack
         self._homes: dict[Hashable, int] = {}
+
+    def joining(self) -> None:
+        """There is another engine."""
+        self.outstanding.append(0)
 
     def choose(self, cost: int, engines: Sequence[int], group: Hashable = None, avoid: Collection[int] = ()) -> int:
         """The engine, of some that there are, for a request of `cost` tokens, which is now outstanding there.

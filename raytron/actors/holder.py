@@ -1,4 +1,4 @@
-"""The actor that owns the shared directory of a node with engines."""
+"""The actor that owns the shared directory of a node with engines, which another node's may be copied from."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import ray
 
-from raytron.parallel.changes import Receiver
+from raytron.parallel.boxes import whole
+from raytron.parallel.changes import Receiver, Sender, grouped
 from raytron.parallel.layout import Spec
 from raytron.parallel.shared import SharedDirectory, SharedWeights
+from raytron.parallel.storage import torch_dtype
 
 __all__ = ["Holder"]
 
@@ -34,6 +36,19 @@ class Holder:
     def receive(self, sender: int, number: int, message: np.ndarray, turn: int, delta: bool) -> None:
         """Write a message of `Publisher.outgoing`."""
         self._receivers[sender, number].write(message, turn, delta)
+
+    def contents(self) -> list[list[tuple[str, Any]]]:
+        """The boxes of each message in which all that is here can be sent."""
+        shared, (dtype,) = self._shared, {spec.dtype for spec in self._shared.specs.values()}
+        boxes = [(name, whole(spec.shape)) for name, spec in shared.specs.items()]
+        self._messages = grouped(boxes, torch_dtype(dtype).itemsize)
+        self._dtype = torch_dtype(dtype)
+        return self._messages
+
+    def send(self, message: int) -> np.ndarray:
+        """One of the messages of `contents`, for another node's `receive`."""
+        views = [self._shared.part(name, box) for name, box in self._messages[message]]
+        return Sender(views, self._dtype).message(delta=False)
 
     def give_up(self, turn: int) -> None:
         """Tell who takes a push in that it will not be finished."""

@@ -83,8 +83,10 @@ def past(events: Iterable[Mapping[str, Any]], setup: Mapping[str, Any]) -> Past:
 
 
 def wish_after(wish: Mapping[str, Any], asked: Mapping[str, Any], at_s: float) -> dict[str, Any]:
-    """What is wished for once `asked` was granted at `at_s`: fields of `policy.Request`. Who asks for a size alone
-    leaves the shape as it is; who asks for a shape asks for all of it."""
+    """What is wished for once `asked` was granted at `at_s`: fields of `policy.Request`, or the "engines" of an RL run.
+    Who asks for a size alone leaves the shape as it is; who asks for a shape asks for all of it."""
+    if asked.get("engines") is not None:
+        return {"engines": asked["engines"], "at_s": at_s}
     shape = {name: asked.get(name) for name in ("tp", "pp")}
     if not any(shape.values()):
         shape = {name: wish.get(name) for name in shape}

@@ -94,7 +94,16 @@ def describe(state: Mapping[str, Any]) -> str:
     for rank in state["ranks"]:
         who = "spare" if rank["rank"] is None else f"rank {rank['rank']}"
         lines.append(f"  {who:8} {rank['place']:10} {rank['host']} node {rank['node'][:8]} pid {rank['pid']}")
+    lines += [_engine(engine) for engine in state.get("engines", ())]
     return "\n".join([*lines, *told(state["events"])])
+
+
+def _engine(row: Mapping[str, Any]) -> str:
+    """A rollout engine in a line."""
+    where = f"{row['host']} node {row['node'][:8]} pid {row['pid']}" if "node" in row else "no seat yet"
+    weights = "no weights yet" if row["version"] is None else f"version {row['version']}"
+    work = f"{row['requests']} requests, {row['outstanding_tokens']:,} tokens at most"
+    return f"  engine {row['engine']:<3} {row['state']:8} {where}, {weights}, {work}"
 
 
 def told(events: list[Mapping[str, Any]]) -> list[str]:
@@ -118,20 +127,28 @@ def last_words(run: str) -> str:
 def chaos(
     mailbox: Any, every_s: float, how: str, seed: int | None, say: Callable[[str], None], most: int | None = None
 ) -> int:
-    """End or stop a random rank of the run every `every_s` seconds, until it is over or `most` were; how many were."""
+    """End or stop a random rank or rollout engine of the run every `every_s` seconds, until it is over or `most` were;
+    how many were."""
     choice, count = random.Random(seed), 0
     while most is None or count < most:
         time.sleep(every_s)
         try:
-            ranks = [rank for rank in status(mailbox).get("ranks", ()) if rank["rank"] is not None]
+            victims = _victims(status(mailbox))
         except ray.exceptions.RayActorError:
             break
-        if ranks:
-            victim = choice.choice(ranks)
+        if victims:
+            who, victim = choice.choice(victims)
             _send(victim["node"], victim["pid"], SIGNALS[how])
             count += 1
-            say(f"{SIGNALS[how].name} to rank {victim['rank']}, pid {victim['pid']} on {victim['host']}")
+            say(f"{SIGNALS[how].name} to {who}, pid {victim['pid']} on {victim['host']}")
     return count
+
+
+def _victims(state: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Processes that the run should outlive, with what they are called."""
+    ranks = [(f"rank {rank['rank']}", rank) for rank in state.get("ranks", ()) if rank["rank"] is not None]
+    engines = [(f"engine {engine['engine']}", engine) for engine in state.get("engines", ()) if "pid" in engine]
+    return ranks + engines
 
 
 def _send(node: str, pid: int, number: int) -> None:

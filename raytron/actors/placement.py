@@ -30,6 +30,7 @@ __all__ = [
     "Placement",
     "Request",
     "Seat",
+    "ask",
     "assign",
     "choose",
     "cluster",
@@ -261,7 +262,7 @@ def place(
     requests = choose(mesh, each, [node for node in cluster() if node.id not in avoid], strategy)
     if requests[0].ranks_per_bundle < mesh.tp:
         log.warning("no node can hold a TP group of %d ranks; tensor parallelism will cross nodes", mesh.tp)
-    groups = tuple(_ask(request, avoid) for request in requests)
+    groups = tuple(ask(request, avoid) for request in requests)
     while pending := [at for at, group in enumerate(groups) if not group.wait(0)]:
         if groups[pending[0]].wait(1):
             continue
@@ -276,7 +277,8 @@ def place(
     return Placement(each, groups, assign(requests, nodes_of, cluster()))
 
 
-def _ask(request: Request, avoid: Collection[str]) -> PlacementGroup:
+def ask(request: Request, avoid: Collection[str]) -> PlacementGroup:
+    """Ask for a placement group, none of whose bundles is to be on a node in `avoid` (ids)."""
     elsewhere = {NODE: f"!in({','.join(sorted(avoid))})"}
     selector = [elsewhere] * len(request.bundles) if avoid else None
     return placement_group(list(map(dict, request.bundles)), strategy=request.strategy, bundle_label_selector=selector)

@@ -13,6 +13,10 @@ thousand times what a request in it does.
 
 Engines have placement groups of their own, or they share the seats of a trainer's ranks and take turns with those
 (`sleep`, `wake`). One that dies out of its turn is started again when that has come: before, there is no room for it.
+
+Where their number may change, engines join beside those that run (`grow`) and leave (`retire`): a leaving one finishes
+what it has, and what it does not finish in time is issued again elsewhere. One whose node is gone leaves with it, the
+others go on, and whoever decides on their number (`rollout_scaling`) starts another when there is room.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,14 +34,14 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytron.actors.failures import WorkerError
 from raytron.actors.fleet import Balancer, Fleet, Health
+from raytron.actors.members import living_nodes
 from raytron.actors.placement import Berth, CapacityError
 from raytron.actors.replica import berths_for, bundles, start_engine
 from raytron.actors.rollout_engine import Done, RolloutEngine, Start, Started
+from raytron.actors.rollout_seats import EngineSeats
 from raytron.config import EngineConfig, FailureConfig
 from raytron.inference import EngineFailed, Pushed, Request, SamplingParams, Stats
 from raytron.inference.launch import check_layout
@@ -49,6 +54,8 @@ log = logging.getLogger(__name__)
 POLL_S = 2.0  # how long an engine waits for something to report before it says that it is well
 START_S = 1800.0  # for an engine to read its weights and compile what it compiles
 CLOSE_S = 10.0
+GRANT_S = 10.0  # for the cluster to grant seats that it is believed to have free
+LOOK_S = 1.0  # how often to look whether an engine's node is still there while it is started again
 
 
 class RolloutError(RuntimeError):
@@ -97,11 +104,15 @@ class RolloutGroup:
         wait_s: how long to wait for the cluster to grant the engines' placement groups.
         start: makes an actor's engine.
         beside: seats of a trainer's ranks to share, one for each rank of each engine, instead of placement groups.
+        bounds: (fewest, most) engines, where their number may change: of `engines` the first `fewest` have to find
+            seats at the start, and further ones are like the first.
 
     Attributes:
         fleet: health and versions of the engines.
-        on_stale: asked to bring the current weights to an engine that was started again; set by `WeightSync`.
+        shares: they have no seats of their own.
+        on_stale: asked to bring the current weights to an engine that was started (again); set by `WeightSync`.
         on_state: told what an engine does from now on: "generating", "updating", "idle", "restarting" or "lost".
+        on_event: told that an engine "failed", "joined" or "left", as `on_event(event, engine=..., ...)`.
 
     Raises:
         ValueError: no engines, a model that cannot be cut to an engine's layout, or too few seats to share.
@@ -118,27 +129,31 @@ class RolloutGroup:
         wait_s: float = 30.0,
         start: Start = start_engine,
         beside: Sequence[Berth] = (),
+        bounds: tuple[int, int] | None = None,
     ) -> None:
         if not engines:
             raise ValueError("a rollout group needs at least one engine")
         for config in dict.fromkeys(engines):
             check_layout(config)
-        self.configs, self._each = tuple(engines), dict(each or {"CPU": 1})
+        self.configs, self.bounds = list(engines), bounds or (len(engines), len(engines))
         self._attempts, self._timeout_s, self._wait_s, self._start = attempts, timeout_s, wait_s, start
         awaits = any(config.weights == "await" for config in engines)
         failures = failures or FailureConfig(max_failures=3)
-        self.fleet = Fleet(len(engines), failures.max_failures, None if awaits else 0)
+        self.fleet = Fleet(len(engines), failures.max_failures, None if awaits else 0, most=self.bounds[1])
         self.on_stale: Callable[[int], Awaitable[None]] | None = None
         self.on_state: Callable[[int, str], None] | None = None
+        self.on_event: Callable[..., None] | None = None
         self._updating = [0] * len(engines)
         self._balancer = Balancer(len(engines))
-        self._berths = berths_for(engines, beside)
-        self._groups: list[PlacementGroup] = []
+        self.shares = bool(beside)
+        self._seats = EngineSeats(each or {"CPU": 1}, berths_for(engines, beside))
         self._turn = asyncio.Event()  # set while it is theirs
         self._turn.set()
         self._sleep_without_weights = False
         self._actors: list[Any] = [None] * len(engines)
         self._started: list[Started | None] = [None] * len(engines)
+        self._late: dict[int, float] = {}  # engines that were started (again) beside others, and when
+        self._emptied: dict[int, asyncio.Event] = {}
         self._pending: dict[str, _Pending] = {}
         self._arrived: deque[_Pending] = deque()
         self._due = False
@@ -153,73 +168,70 @@ class RolloutGroup:
         """Take the seats and start all engines; returns when they run.
 
         Raises:
-            CapacityError: the cluster did not grant a placement group in time; nothing stays reserved.
+            CapacityError: the cluster did not grant the fewest engines' seats in time; nothing stays reserved.
             ValueError, RuntimeError: an engine's own reason not to start.
         """
         try:
-            await self._place()
-            for engine, started in enumerate(await asyncio.gather(*map(self._launch, range(len(self.configs))))):
+            engines = await self._place()
+            for engine, started in zip(engines, await asyncio.gather(*map(self._launch, engines)), strict=True):
                 self._run(engine, started)
         except BaseException:
             await self.close()
             raise
         return self
 
-    async def _place(self) -> None:
-        if any(self._berths):
-            return
-        self._groups = [placement_group(bundles(config, self._each), strategy="PACK") for config in self.configs]
-        granted = await asyncio.gather(*(asyncio.to_thread(group.wait, self._wait_s) for group in self._groups))
-        if not all(granted):
+    async def _place(self) -> list[int]:
+        """The engines that have seats."""
+        fewest, seats = self.bounds[0], self._seats
+        waits_s = [self._wait_s if e < fewest else min(self._wait_s, GRANT_S) for e in range(len(self.configs))]
+        taken = (seats.take(e, config, waits_s[e]) for e, config in enumerate(self.configs))
+        granted = dict(enumerate(await asyncio.gather(*taken)))
+        if sum(granted.values()) < fewest:
             raise CapacityError(
-                f"the cluster granted {sum(granted)} of {len(granted)} engines their seats within "
-                f"{self._wait_s:g} s; an engine wants {bundles(self.configs[0], self._each)}: ask for fewer engines or "
+                f"the cluster granted {sum(granted.values())} of {fewest} engines their seats within "
+                f"{self._wait_s:g} s; an engine wants {bundles(self.configs[0], seats.each)}: ask for fewer engines or "
                 "less for each, or add nodes"
             )
+        for engine in [engine for engine, has in granted.items() if not has]:
+            self.fleet.left(engine, "there was no seat for it")
+        return [engine for engine, has in granted.items() if has]
 
     async def _launch(self, engine: int) -> Started:
         """Start the actor of an engine, and the engine in it."""
-        config, berths = self.configs[engine], self._berths[engine]
-        options = berths[0].options() if berths else self._options(engine)
+        config, berths = self.configs[engine], self._seats.berths(engine)
+        options = self._seats.options(engine, config)
         actor = self._actors[engine] = RolloutEngine.options(**options, enable_task_events=False).remote()
         try:
-            return await asyncio.wait_for(actor.start.remote(config, self._each, self._start, berths), START_S)
+            return await asyncio.wait_for(actor.start.remote(config, self._seats.each, self._start, berths), START_S)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, ValueError | RuntimeError) else error) from None
         except TimeoutError:
             raise RuntimeError(f"rollout engine {engine} did not start within {START_S:g} s") from None
 
-    def _options(self, engine: int) -> dict[str, Any]:
-        """Ray's options of an engine's actor, in its placement group."""
-        config = self.configs[engine]
-        # An engine of one process per rank has rank 0 here; vLLM runs its ranks itself.
-        mine = bundles(config, self._each)[0] if config.engine == "vllm" else self._each
-        custom = {name: need for name, need in mine.items() if name not in ("CPU", "GPU", "memory")}
-        return {
-            "num_cpus": mine.get("CPU", 0),
-            "num_gpus": mine.get("GPU", 0),
-            "memory": mine.get("memory"),
-            "resources": custom or None,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._groups[engine], 0),
-        }
-
     def _run(self, engine: int, started: Started) -> None:
         self._started[engine] = started
         self.fleet.started(engine, started.version)
         self._tell(engine)
-        self._tasks.append(asyncio.ensure_future(self._attend(engine)))
+        self._keep(self._attend(engine))
         self._dispatch_soon()
 
     async def _attend(self, engine: int) -> None:
-        """Hear what an engine has done until it fails; then see to its requests, and start it again."""
+        """Hear what an engine has done until it fails or has left; then see to its requests, and start it again."""
         try:
-            try:
-                while True:
-                    self._deliver(engine, await self._collected(engine))
-            except RayError as error:
-                await self._replace(engine, _reason(error))
-            except TimeoutError:
-                await self._replace(engine, f"it did not answer within {self._timeout_s:g} s")
+            while self.fleet.states[engine].health is not Health.LEFT:
+                self._deliver(engine, await self._collected(engine))
+        except RayError as error:
+            await self._replace(engine, _reason(error))
+        except TimeoutError:
+            await self._replace(engine, f"it did not answer within {self._timeout_s:g} s")
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have this done beside all else."""
+        self._tasks.append(asyncio.ensure_future(self._guarded(work)))
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
         except Exception as error:  # nobody awaits this task: those who wait for answers must hear of it
             log.exception("the rollout group failed")
             # A trainer that could not bring an engine its weights is started again, and the engines with it.
@@ -234,26 +246,65 @@ class RolloutGroup:
         return await asyncio.wait_for(news, poll_s + self._timeout_s)
 
     async def _replace(self, engine: int, reason: str) -> None:
+        stranded = await self._stranded(engine)
+        if self.fleet.states[engine].health in (Health.LEAVING, Health.LEFT):
+            self._gone(engine, reason)
+            return
         log.warning("rollout engine %d failed: %s", engine, reason)
+        self._event("failed", engine, reason=reason)
+        if stranded:
+            self.fleet.leaving(engine)
+            self._gone(engine, f"its node is gone: {reason}")
+            return
+        self._late[engine] = time.monotonic()
         while True:
             again = self.fleet.failed(engine, reason)
             self._tell(engine)
             self._requeue(engine)
             ray.kill(self._actors[engine])
             if not again:
+                self._seats.give_back(engine)
                 break
             try:
                 await self._turn.wait()
-                started = await self._launch(engine)
+                if (started := await self._restarted(engine)) is None:
+                    return
                 await self._in_turn(engine)
             except (RayError, ValueError, RuntimeError) as error:
+                if self.fleet.states[engine].health is Health.LEFT:
+                    return
                 reason = f"it did not start again: {_reason(error)}"
                 continue
-            self._run(engine, started)
-            if engine in self.fleet.of(Health.STALE) and self.on_stale is not None:
-                await self.on_stale(engine)
+            await self._arrive(engine, started)
             return
         self._dispatch_soon()  # which says so to all that wait, if it was the last
+
+    async def _restarted(self, engine: int) -> Started | None:
+        """What was started; None where it has left instead, since its node turned out to be gone."""
+        launching = asyncio.ensure_future(self._launch(engine))
+        try:
+            while not (await asyncio.wait((launching,), timeout=LOOK_S))[0]:
+                if await self._stranded(engine):
+                    self._gone(engine, "its node is gone", excused=bool(self.fleet.states[engine].reason))
+                if self.fleet.states[engine].health is Health.LEFT:
+                    return None
+            return launching.result()
+        finally:
+            launching.cancel()
+
+    async def _stranded(self, engine: int) -> bool:
+        """Whether the engine is to leave since a node of its seats is gone; of a fixed number each is waited for."""
+        if self.bounds[0] == self.bounds[1]:
+            return False
+        return not self._seats.nodes(engine) <= await asyncio.to_thread(living_nodes)
+
+    async def _arrive(self, engine: int, started: Started) -> None:
+        """An engine runs (again) beside others: bring it the weights in force."""
+        self._run(engine, started)
+        if engine in self.fleet.ready:
+            self._joined(engine)
+        elif engine in self.fleet.of(Health.STALE) and self.on_stale is not None:
+            await self.on_stale(engine)
 
     async def _in_turn(self, engine: int) -> None:
         """Have an engine that has come up out of its turn sleep until that has come."""
@@ -273,22 +324,125 @@ class RolloutGroup:
         for pending in list(self._pending.values()):
             self._fail(pending, RolloutError("the rollout group was closed"))
         actors = [actor for actor in self._actors if actor is not None]
-        # One that died may wait for a seat that never comes, and has nothing to close.
-        replaced = {e for e in self.fleet.of(Health.STARTING) if self.fleet.states[e].reason}
-        told = [actor for e, actor in enumerate(self._actors) if actor is not None and e not in replaced]
+        # One that is started (again) may wait for a seat that never comes, and has nothing to close.
+        waiting = {e for e in self.fleet.of(Health.STARTING) if e in self._late}
+        told = [actor for e, actor in enumerate(self._actors) if actor is not None and e not in waiting]
         closing = asyncio.gather(*(actor.close.remote() for actor in told), return_exceptions=True)
         with suppress(TimeoutError):
             await asyncio.wait_for(closing, CLOSE_S)
         for actor in actors:
             ray.kill(actor)
-        for group in self._groups:
-            remove_placement_group(group)
+        self._seats.close()
 
     async def __aenter__(self) -> RolloutGroup:
         return await self.start()
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    # ------------------------------------------------------------------------------------------- engines come and go
+
+    def grow(self, count: int, avoid: Collection[str] = ()) -> tuple[int, ...]:
+        """Start `count` more engines beside those that run, none on a node in `avoid`; their numbers.
+
+        Each is given requests once it has the weights in force. One that finds no seat has left again.
+        """
+        engines = []
+        for _ in range(count):
+            engines.append(engine := self.fleet.joining())
+            self._balancer.joining()
+            self.configs.append(self.configs[0])
+            self._actors.append(None)
+            self._started.append(None)
+            self._updating.append(0)
+            self._late[engine] = time.monotonic()
+            self._tell(engine)
+            self._keep(self._join(engine, avoid))
+        return tuple(engines)
+
+    async def _join(self, engine: int, avoid: Collection[str]) -> None:
+        if not await self._seats.take(engine, self.configs[engine], GRANT_S, avoid):
+            self._gone(engine, "there was no seat for it")
+            return
+        try:
+            started = await self._restarted(engine)
+        except (RayError, ValueError, RuntimeError) as error:
+            if self.fleet.states[engine].health is not Health.LEFT:
+                self._event("failed", engine, reason=f"it did not start: {_reason(error)}")
+                if self.fleet.failed(engine, _reason(error)):
+                    self._gone(engine, "it did not start")
+                else:
+                    self._seats.give_back(engine)
+                self._dispatch_soon()
+            return
+        if started is not None:
+            await self._arrive(engine, started)
+
+    def retire(self, engine: int, reason: str, within_s: float) -> None:
+        """Have an engine leave: it is given nothing more, finishes what it has, and gives its seats back.
+
+        What it has not finished within `within_s` seconds others answer, from the start.
+        """
+        if self.fleet.states[engine].health is Health.STARTING:
+            self._gone(engine, reason)
+            return
+        self.fleet.leaving(engine)
+        self._keep(self._finish(engine, reason, within_s))
+
+    async def _finish(self, engine: int, reason: str, within_s: float) -> None:
+        emptied = self._emptied[engine] = asyncio.Event()
+        self._tell(engine)
+        if self._balancer.outstanding[engine]:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(emptied.wait(), within_s)
+        self._gone(engine, reason)
+
+    def _gone(self, engine: int, reason: str, excused: bool = False) -> None:
+        """An engine has left; others answer what it had. excused: its last failure was not its own."""
+        if self.fleet.states[engine].health is Health.LEFT:
+            return
+        self.fleet.left(engine, reason, excused)
+        moved = self._requeue(engine, blame=False)
+        if self._actors[engine] is not None:
+            ray.kill(self._actors[engine])
+        self._seats.give_back(engine)
+        self._tell(engine)
+        self._event("left", engine, reason=reason, moved=moved, ran=self._started[engine] is not None)
+        self._dispatch_soon()
+
+    def _joined(self, engine: int) -> None:
+        if (since := self._late.pop(engine, None)) is not None:
+            state, seconds = self.fleet.states[engine], round(time.monotonic() - since, 3)
+            self._event("joined", engine, node=self.node(engine), version=state.version, seconds=seconds)
+
+    def _event(self, event: str, engine: int, **what: Any) -> None:
+        if self.on_event is not None:
+            self.on_event(event, engine=engine, **what)
+
+    def nodes(self, engine: int) -> frozenset[str]:
+        """Ids of the nodes that an engine's own seats are on; none while it has none."""
+        return self._seats.nodes(engine)
+
+    def outstanding(self, engine: int) -> int:
+        """Tokens that an engine has to compute at most."""
+        return self._balancer.outstanding[engine]
+
+    @property
+    def needs(self) -> list[dict[str, float]]:
+        """What another engine reserves, each bundle on one node."""
+        return bundles(self.configs[0], self._seats.each)
+
+    def members(self) -> list[dict[str, Any]]:
+        """JSON-ready: of each engine that is there or on its way, what is known of it and what it has to do."""
+        found = []
+        requests = Counter(pending.engine for pending in self._pending.values())
+        for engine in self.fleet.of(Health.STARTING, Health.STALE, Health.READY, Health.LEAVING):
+            state, started = self.fleet.states[engine], self._started[engine]
+            runs = state.health is not Health.STARTING and started is not None
+            where = {"node": started.node, "host": started.host, "pid": started.pid} if runs else {}
+            work = {"outstanding_tokens": self.outstanding(engine), "requests": requests[engine]}
+            found.append({"engine": engine, "state": str(state.health), "version": state.version, **where, **work})
+        return found
 
     # -------------------------------------------------------------------------------------------------------- requests
 
@@ -345,10 +499,11 @@ class RolloutGroup:
 
     def _deliver(self, engine: int, done: Sequence[Done]) -> None:
         for id, tokens, logprobs, versions, reason, cached, invalid in done:
-            pending = self._pending.pop(id, None)
-            if pending is None:
+            pending = self._pending.get(id)
+            if pending is None or pending.engine != engine:  # nobody waits for it, or another engine answers it now
                 continue
-            self._balancer.done(engine, pending.cost)
+            del self._pending[id]
+            self._settled(engine, pending)
             if pending.future.done():
                 continue
             if invalid is not None:
@@ -357,19 +512,28 @@ class RolloutGroup:
                 pending.future.set_result(Generated(tokens, logprobs, versions, reason, engine, cached))
         self._tell(engine)
 
-    def _requeue(self, engine: int) -> None:
-        """Issue again what a failed engine had."""
+    def _settled(self, engine: int, pending: _Pending) -> None:
+        """A request has left the engine."""
+        self._balancer.done(engine, pending.cost)
+        if not self._balancer.outstanding[engine] and (emptied := self._emptied.get(engine)):
+            emptied.set()
+
+    def _requeue(self, engine: int, blame: bool = True) -> int:
+        """Issue again what an engine had, which has failed (blame) or left; how much that was."""
         reason = self.fleet.states[engine].reason
-        for pending in [p for p in self._pending.values() if p.engine == engine]:
-            self._balancer.done(engine, pending.cost)
+        mine = [pending for pending in self._pending.values() if pending.engine == engine]
+        for pending in mine:
+            self._settled(engine, pending)
             pending.engine = None
-            pending.avoid.add(engine)
-            pending.lives -= 1
+            if blame:
+                pending.avoid.add(engine)
+                pending.lives -= 1
             if pending.lives <= 0:
                 self._fail(pending, RolloutError(f"its engines failed {self._attempts} times, the last one: {reason}"))
             else:
                 self._arrived.append(pending)
         self._dispatch_soon()
+        return len(mine)
 
     def _fail(self, pending: _Pending, error: Exception) -> None:
         self._pending.pop(pending.request.id, None)
@@ -379,7 +543,7 @@ class RolloutGroup:
     def _forget(self, pending: _Pending) -> None:
         """Nobody waits for it any more."""
         if self._pending.pop(pending.request.id, None) is not None and pending.engine is not None:
-            self._balancer.done(pending.engine, pending.cost)
+            self._settled(pending.engine, pending)
             self._actors[pending.engine].abort.remote([pending.request.id])
             self._tell(pending.engine)
 
@@ -401,6 +565,8 @@ class RolloutGroup:
     def updated(self, engine: int, version: int) -> None:
         """An engine has confirmed weights; if it was STALE it may be given requests now."""
         self.fleet.updated(engine, version)
+        if engine in self.fleet.ready:
+            self._joined(engine)
         self._dispatch_soon()
 
     async def update(self, engine: int, weights: Pushed | str, mode: PauseMode, version: int) -> tuple[int, int | None]:
@@ -419,7 +585,8 @@ class RolloutGroup:
             health = self.fleet.states[engine].health
             working = "generating" if self._balancer.outstanding[engine] else "idle"
             what = "updating" if self._updating[engine] else working
-            self.on_state(engine, what if self._runs(engine) else "lost" if health is Health.LOST else "restarting")
+            others = {Health.LOST: "lost", Health.LEFT: "idle", Health.LEAVING: working}
+            self.on_state(engine, what if self._runs(engine) else others.get(health, "restarting"))
 
     def call(self, engine: int, method: str, *args: Any) -> Coroutine[Any, Any, Any]:
         """A method of an engine's actor. Raises EngineFailed when that is gone, else what the method raises."""
@@ -479,4 +646,4 @@ def _reason(error: BaseException) -> str:
     """One line."""
     if isinstance(error, RayTaskError) and error.cause is not None:
         error = error.cause
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

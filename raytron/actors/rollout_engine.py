@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -32,14 +33,15 @@ QUEUE = 1 << 30  # requests that may wait in an engine: admission is the driver'
 
 
 class Started(NamedTuple):
-    """Of an engine that runs: its node, its context, the version of its weights (None: it has none yet), and the GPU
-    that all of it is on (`device_memory.identity`)."""
+    """Of an engine that runs: its node, its context, the version of its weights (None: it has none yet), the GPU that
+    all of it is on (`device_memory.identity`), and its node's name."""
 
     node: str
     pid: int
     max_model_len: int
     version: int | None
     device: str = ""
+    host: str = ""
 
 
 class Done(NamedTuple):
@@ -80,7 +82,7 @@ class RolloutEngine:
         node = ray.get_runtime_context().get_node_id()
         version = None if config.weights == "await" else engine.version
         device = engine.device if isinstance(engine, NativeEngine) else ""
-        return Started(node, os.getpid(), engine.max_model_len, version, device)
+        return Started(node, os.getpid(), engine.max_model_len, version, device, socket.gethostname())
 
     async def submit(self, requests: Sequence[Request]) -> None:
         """Take requests in; `collect` tells how they ended."""

@@ -13,6 +13,9 @@ Native engines of the trainer's own nodes are told of a push when the trainer is
 what they were asked, until another push has come. vLLM, which reads whole files, and engines of nodes that are sent
 what they need, take a push when it is there. Where every engine is on one GPU with ranks that hold its whole model,
 nothing is written: engines copy out of the trainer's memory (`parallel.device_memory`).
+
+An engine that starts between two pushes takes what its node's directory holds. On a node that has none yet a directory
+is made as a copy of another node's, from memory to memory, without the trainer, which may be at work on the next step.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytron.actors.fleet import Health
@@ -57,6 +60,7 @@ __all__ = ["LocalTrainer", "PushReport", "Trainer", "WeightSync"]
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.2  # how often to look for an engine while none runs
+PEER = -1  # the sender of another node's directory, where the trainer's are ranks
 
 
 class Trainer(Protocol):
@@ -108,12 +112,13 @@ class PushReport:
 
 @dataclass
 class _State:
-    """Where pushes go, and what engines that were started again are to be given. devices: engine -> its GPU, where none
-    needs a directory."""
+    """Where pushes go, and what engines that were started (again) are to be given. devices: engine -> its GPU, where
+    none needs a directory. reached: nodes whose directories the trainer knows of; others are copies."""
 
     holders: dict[str, Any] = field(default_factory=dict)
     directories: dict[str, str] = field(default_factory=dict)
     devices: dict[int, str] = field(default_factory=dict)
+    reached: frozenset[str] = frozenset()
     outgoing: Sequence[Outgoing] = ()
     turn: int = 0
     version: int | None = None
@@ -188,7 +193,7 @@ class WeightSync:
             end = time.perf_counter()
         seconds = {"publish": sent_from - start, "send": updated_from - sent_from, "update": end - updated_from}
         confirmed = tuple(engine for engine, ok in zip(engines, answers, strict=True) if ok)
-        failed = tuple(engine for engine in range(len(rollouts.configs)) if engine not in confirmed)
+        failed = tuple(e for e in (*rollouts.fleet.present, *rollouts.fleet.of(Health.LOST)) if e not in confirmed)
         nbytes = sum(part.nbytes for part in published)
         return PushReport(version, nbytes, fold(state.checksums), seconds | {"total": end - start}, confirmed, failed)
 
@@ -233,7 +238,7 @@ class WeightSync:
                 self._state.devices = devices
                 await self._plan()
             return
-        if not state.directories or not {rollouts.node(engine) for engine in engines} <= set(state.directories):
+        if not state.directories or not {rollouts.node(engine) for engine in engines} <= state.reached:
             nodes = await self._nodes()
             await self._close()
             await self._hold(nodes)
@@ -257,13 +262,16 @@ class WeightSync:
     async def _hold(self, nodes: Sequence[str]) -> None:
         """A directory on each node."""
         state = self._state
-        tensors, files = await asyncio.to_thread(self._contents)
-        for node in nodes:
-            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-            state.holders[node] = Holder.options(scheduling_strategy=strategy).remote()
+        contents = await asyncio.to_thread(self._contents)
         ranks = [where.node for where in self._trainer.where]
-        made = (h.create.remote(tensors, files, self._fallback, ranks.count(n)) for n, h in state.holders.items())
-        state.directories = dict(zip(nodes, await asyncio.gather(*made), strict=True))
+        made = await asyncio.gather(*(self._directory(node, contents, ranks.count(node)) for node in nodes))
+        state.directories, state.reached = dict(zip(nodes, made, strict=True)), frozenset(nodes)
+
+    async def _directory(self, node: str, contents: tuple[Any, Any], writers: int) -> str:
+        """Make a node's directory; its path."""
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        holder = self._state.holders[node] = Holder.options(scheduling_strategy=strategy).remote()
+        return await holder.create.remote(*contents, self._fallback, writers)
 
     async def _plan(self) -> None:
         state, trainer = self._state, self._trainer
@@ -394,19 +402,43 @@ class WeightSync:
             )
 
     async def _catch_up(self, engine: int) -> None:
-        """Give the weights in force to an engine that was started again."""
+        """Give the weights in force to an engine that was started (again)."""
         async with self._lock:
             state, rollouts = self._state, self._rollouts
             if engine not in rollouts.fleet.of(Health.STALE) or state.version is None:
                 return  # the next push will reach it
             if not self._known(engine):
-                if not await self._extend():
+                if not (await self._copy(rollouts.node(engine)) or await self._extend()):
                     return
             elif state.devices:  # there is no copy of what was pushed, but the trainer may still hold just that
                 published = await self._publish(delta=False)
                 if combine(part.checksums for part in published) != state.checksums:
                     return  # it trains: the next push is on its way
             await self._update(engine, "keep")
+
+    async def _copy(self, node: str) -> bool:
+        """Have what is in force on another node too, out of the memory of one that has it; whether that was possible.
+
+        The checksums of the push prove the copy too. The next push is planned anew.
+        """
+        state, living = self._state, await asyncio.to_thread(living_nodes)
+        peer = next((state.holders[one] for one in state.directories if one in living), None)
+        if peer is None:
+            return False
+        try:
+            path = await self._directory(node, await asyncio.to_thread(self._contents), 0)
+            messages = await peer.contents.remote()
+            await state.holders[node].expect.remote(PEER, messages)
+            for number in range(len(messages)):
+                message = peer.send.remote(number)
+                await state.holders[node].receive.remote(PEER, number, message, state.turn, False)
+        except RayError as error:
+            log.warning("the weights of another node could not be copied: %s", error)
+            if (holder := state.holders.pop(node, None)) is not None:
+                ray.kill(holder)
+            return False
+        state.directories[node] = path
+        return True
 
     def _known(self, engine: int) -> bool:
         """Whether what is pushed comes to where the engine is."""

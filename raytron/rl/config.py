@@ -132,8 +132,9 @@ class TaskConfig(Typed):
 class RolloutConfig(Typed):
     """Engines that write answers, and how they sample."""
 
-    engines: int = 1
-    """How many, each in a placement group of its own, or colocated."""
+    engines: int | tuple[int, int] = 1
+    """How many, each in a placement group of its own, or colocated; one number, or the fewest and the most: as many as
+    find seats then, more when nodes appear, and fewer when they go."""
     colocate: bool = False
     """Engines share the seats of the policy's trainer, one of their ranks that of one of its, and take turns with it:
     no CPU or GPU is asked for besides. max_staleness must be 0."""
@@ -160,8 +161,14 @@ class RolloutConfig(Typed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.engines < 1:
-            raise ValueError(f"rollout.engines is {self.engines}; it must be at least 1")
+        low, high = self.bounds
+        if not 1 <= low <= high:
+            raise ValueError(f"rollout.engines is {self.engines}; it must be at least 1, and min <= max")
+        if self.colocate and low < high:
+            raise ValueError(
+                f"rollout.engines is {self.engines}, and colocated engines share seats of the trainer, which are there "
+                "for the whole run; give one number"
+            )
         if self.colocate and (self.cpus, self.gpus) != (1.0, 0.0):
             raise ValueError(
                 f"rollout.cpus {self.cpus} and rollout.gpus {self.gpus} are not what colocated engines take: they use "
@@ -176,6 +183,11 @@ class RolloutConfig(Typed):
                 f"rollout.temperature is {self.temperature}; it must be positive: a policy that always takes the "
                 "likeliest token has nothing to compare (evaluation.temperature may be 0)"
             )
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """(fewest, most) engines."""
+        return self.engines if isinstance(self.engines, tuple) else (self.engines, self.engines)
 
 
 @dataclass(frozen=True)
@@ -330,7 +342,7 @@ class RLConfig(StepConfig):
 
     def _check_colocation(self) -> None:
         """ValueError for what engines and trainer cannot do in turns."""
-        engine, engines, ranks = self.rollout.engine, self.rollout.engines, self.scaling.bounds[0]
+        engine, engines, ranks = self.rollout.engine, self.rollout.bounds[1], self.scaling.bounds[0]
         if self.max_staleness:
             raise ValueError(
                 f"max_staleness is {self.max_staleness}, and rollout.colocate has engines and trainer take turns: set "

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from raytron.actors import Session, from_ray_train, result
+from raytron.actors import Session, WorkerError, from_ray_train, result
+from raytron.actors.control import Control
 from raytron.actors.placement import cluster
 from raytron.actors.rollout import RolloutGroup
+from raytron.actors.rollout_scaling import EngineScaler
 from raytron.actors.runs import RunFolder, attempts, stop_requests
 from raytron.actors.weight_sync import WeightSync
-from raytron.config import RunConfig, ScalingConfig
+from raytron.config import ElasticConfig, RunConfig, ScalingConfig
 from raytron.data import HFTokenizer, load_tokenizer
 from raytron.inference.types import SamplingParams
 from raytron.metrics import EvalRecord, MetricsWriter, StepRecord
@@ -114,15 +116,22 @@ class _Run:
         self.task.save_tokenizer(self.tokenizer)
         _refuse_other_tokenizer(self.config.model.path, self.tokenizer)
         groups = 1 + self.algorithm.needs_critic
-        others = [*engine_bundles(self.config.rollout), *self.scorers.bundles]
-        slots = self.mesh.size * groups + math.ceil(sum(bundle.get("CPU", 0) for bundle in others))
-        with Session(slots) as session, stop_requests() as stop:
+        rollout, run = self.config.rollout, self.config.run
+        fewest, most = ([*engine_bundles(rollout, count), *self.scorers.bundles] for count in rollout.bounds)
+        slots = self.mesh.size * groups + math.ceil(sum(bundle.get("CPU", 0) for bundle in most))
+        sizes = {"engines": list(rollout.bounds)}
+        named = (run.name, self.folder.path, ElasticConfig(), self.config.steps, self._say, sizes)
+        with Session(slots) as session, stop_requests() as stop, Control(*named) as control:
 
             def attempt(resume: bool) -> str | None:
-                self._fit(groups, others, session.wait_s)
-                return asyncio.run(self._attempt(session, stop, resume))
+                self._fit(groups, fewest, session.wait_s)
+                try:
+                    return asyncio.run(self._attempt(session, control, stop, resume))
+                except WorkerError as error:
+                    control.note("trainer failed", reason=str(error).partition("\n")[0])
+                    raise
 
-            checkpoint = attempts(attempt, self.config.run, self.config.resume, stop, self._say)
+            checkpoint = attempts(attempt, run, self.config.resume, stop, self._say)
         return self._finish(checkpoint, time.perf_counter() - start)
 
     def _fit(self, groups: int, others: Sequence[Mapping[str, float]], wait_s: float) -> None:
@@ -142,7 +151,7 @@ class _Run:
                 f"training on {mesh.size} ranks, of {low} to {high}: dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp}", ""
             )
 
-    async def _attempt(self, session: Session, stop: threading.Event, resume: bool) -> str | None:
+    async def _attempt(self, session: Session, control: Control, stop: threading.Event, resume: bool) -> str | None:
         config, checkpoints = self.config, self.folder.checkpoints
         args = (config, self.arch, self.mesh, self.algorithm, checkpoints, self.tokenizer, self._say, session.wait_s)
         with Trainers(*args) as trainers:
@@ -150,10 +159,13 @@ class _Run:
             self.saved = version
             if version:
                 self._say(f"continuing from step {version} of {checkpoints}", style="")
+            self.control = control
+            control.seated(trainers.policy)
             await trainers.sleep()
             journal, buffer = self._books(version)
-            seats = trainers.policy.berths
-            engines = rollout_group(config, self.arch, self.task, self.folder, session.wait_s, seats)
+            told = (config, self.arch, self.task, self.folder, session.wait_s)
+            requested = control.wish.get("engines")
+            engines = rollout_group(*told, trainers.policy.berths, self.scorers.bundles, requested)
             lanes, file = self.scorers.lanes, self.folder.path / TIMELINE
             with watched(engines, lanes, file, keep=version > 0) as self.timeline:
                 async with engines, self.scorers.running(session.wait_s, self.timeline) as self.overall:
@@ -163,7 +175,8 @@ class _Run:
                         with self.timeline.span("push", "sync", step=version):
                             await sync.push(version)
                         with MetricsWriter(self.folder.sinks(config, self.console, version)) as writer:
-                            await self._loop(trainers, rollouts, engines, sync, writer, stop)
+                            async with EngineScaler(engines, control):
+                                await self._loop(trainers, rollouts, engines, sync, writer, stop)
                     finally:
                         await rollouts.cancel()
                         journal.close()
@@ -282,6 +295,7 @@ class _Run:
         """Write a step's record, and now and then what was answered."""
         self.first, self.last = self.first or record, record
         writer.write(record)
+        self.control.stepped(record)
         self._say(record.notice)
         every = self.config.transcripts
         if every and (record.step == 1 or record.step % every == 0):

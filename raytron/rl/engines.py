@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raytron.actors.placement import Berth, Node, ranks_that_fit, without
+from raytron.actors.placement import Berth, Node, cluster, ranks_that_fit, without
 from raytron.actors.replica import bundles
 from raytron.actors.rollout import RolloutGroup
+from raytron.actors.rollout_seats import engines_that_fit
 from raytron.actors.runs import RunFolder
 from raytron.actors.trainer import resources
 from raytron.config import FailureConfig, LoRAConfig
@@ -19,18 +20,28 @@ from raytron.rl.config import RLConfig, RolloutConfig
 from raytron.rl.environments import Task
 from raytron.rl.trainers import Trainers
 
-__all__ = ["engine_bundles", "fitting_dp", "rollout_group", "trainers_turn", "watched"]
+__all__ = ["engine_bundles", "fitting_dp", "fitting_engines", "rollout_group", "trainers_turn", "watched"]
 
 
 def rollout_group(
-    config: RLConfig, arch: Any, task: Task, folder: RunFolder, wait_s: float, beside: Sequence[Berth] = ()
+    config: RLConfig,
+    arch: Any,
+    task: Task,
+    folder: RunFolder,
+    wait_s: float,
+    beside: Sequence[Berth] = (),
+    others: Sequence[Mapping[str, float]] = (),
+    requested: int | None = None,
 ) -> RolloutGroup:
-    """The engines, not yet started. Weights come by the first push, all else from a directory without any.
+    """The engines, not yet started: of a range as many as find seats. Weights come by the first push, all else from a
+    directory without any.
 
     Args:
         arch: the policy's.
         wait_s: how long to wait for the cluster to grant seats.
         beside: the seats of the trainer, which colocated engines share.
+        others: bundles of what will take seats besides them.
+        requested: how many engines the user has asked for, of a range.
     """
     rollout, path = config.rollout, folder.path / "engine"
     path.mkdir(parents=True, exist_ok=True)
@@ -47,8 +58,9 @@ def rollout_group(
         sleep_mode=rollout.colocate and rollout.engine.engine == "vllm",
     )
     failures = FailureConfig(max_failures=rollout.max_restarts)
-    more = {"failures": failures, "timeout_s": rollout.engine_timeout_s, "wait_s": wait_s}
-    return RolloutGroup([engine] * rollout.engines, _each(rollout), beside=beside if rollout.colocate else (), **more)
+    more = {"failures": failures, "timeout_s": rollout.engine_timeout_s, "wait_s": wait_s, "bounds": rollout.bounds}
+    count = fitting_engines(rollout, without(cluster(), others), requested)
+    return RolloutGroup([engine] * count, _each(rollout), beside=beside if rollout.colocate else (), **more)
 
 
 def _each(rollout: RolloutConfig) -> dict[str, float]:
@@ -56,11 +68,20 @@ def _each(rollout: RolloutConfig) -> dict[str, float]:
     return {"CPU": rollout.cpus, "GPU": rollout.gpus}
 
 
-def engine_bundles(rollout: RolloutConfig) -> list[dict[str, float]]:
-    """What the engines reserve, each bundle on one node."""
+def engine_bundles(rollout: RolloutConfig, count: int) -> list[dict[str, float]]:
+    """What `count` engines reserve, each bundle on one node."""
     if rollout.colocate:
         return []
-    return bundles(rollout.engine, _each(rollout)) * rollout.engines
+    return bundles(rollout.engine, _each(rollout)) * count
+
+
+def fitting_engines(rollout: RolloutConfig, nodes: Sequence[Node], requested: int | None = None) -> int:
+    """How many engines to start: of a range as many as find seats, or were `requested`, and the fewest in any case."""
+    low, high = rollout.bounds
+    high = high if requested is None else max(low, min(requested, high))
+    if low == high:
+        return high
+    return max(low, engines_that_fit(nodes, bundles(rollout.engine, _each(rollout)), high))
 
 
 def fitting_dp(config: RLConfig, groups: int, others: Sequence[Mapping[str, float]], nodes: Sequence[Node]) -> int:
@@ -93,13 +114,13 @@ async def trainers_turn(rollout: RolloutConfig, trainers: Trainers, engines: Rol
 
 @contextmanager
 def watched(engines: RolloutGroup, judges: Sequence[str], path: Path, keep: bool) -> Iterator[Timeline]:
-    """A timeline with a lane for each engine, which records what they do.
+    """A timeline with a lane for each engine, which records what they do; those that join later have theirs at the end.
 
     judges: lanes of what judges. keep: go on behind an earlier start's.
     """
     lanes = [f"engine {engine}" for engine in range(len(engines.configs))]
     with Timeline(path, keep=keep, lanes=[*lanes, *judges, "trainer", "push", "evaluation", "saves"]) as timeline:
-        engines.on_state = lambda engine, what: timeline.state(lanes[engine], None if what == "idle" else what)
+        engines.on_state = lambda engine, what: timeline.state(f"engine {engine}", None if what == "idle" else what)
         try:
             yield timeline
         finally:

@@ -16,11 +16,11 @@ SIZE = 3
 
 
 class Lives(RuleBasedStateMachine):
-    """Engines start, are updated and die in any order; pushes come in between."""
+    """Engines start, are updated, die, leave and join in any order; pushes come in between."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fleet, self.pushed = Fleet(SIZE, max_failures=4), 0
+        self.fleet, self.pushed = Fleet(SIZE, max_failures=4, most=SIZE + 1), 0
 
     def some(self, data, *healths: Health) -> int | None:
         engines = self.fleet.of(*healths)
@@ -59,6 +59,27 @@ class Lives(RuleBasedStateMachine):
             assert self.fleet.states[engine].version is None
             assert self.fleet.states[engine].reason == "killed"
             assert engine not in self.fleet.ready
+
+    @rule(data=st.data())
+    def leave(self, data) -> None:
+        if (engine := self.some(data, Health.STALE, Health.READY)) is not None:
+            self.fleet.leaving(engine)
+            assert engine not in self.fleet.ready + self.fleet.present
+
+    @rule(data=st.data())
+    def have_left(self, data) -> None:
+        if (engine := self.some(data, Health.STARTING, Health.LEAVING)) is not None:
+            self.fleet.left(engine, "not wanted")
+
+    @rule()
+    @precondition(lambda self: len(self.fleet.present) + len(self.fleet.of(Health.LOST)) <= SIZE)
+    def join(self) -> None:
+        assert self.fleet.states[self.fleet.joining()].health is Health.STARTING
+
+    @invariant()
+    def those_that_left_are_replaced_and_those_that_are_lost_are_not(self) -> None:
+        lost = len(self.fleet.of(Health.LOST))
+        assert self.fleet.hopeless == (lost > SIZE and not self.fleet.present)
 
     @invariant()
     def only_engines_that_had_weights_answer(self) -> None:

@@ -54,6 +54,12 @@ def test_the_end_of_a_run_ends_its_failures_and_another_configuration_its_wishes
     assert past([*before, {**BEGAN, "setup": other}, ENDED, BEGAN], SETUP) == Past(interrupted=True)
 
 
+def test_a_wish_for_engines_is_taken_over():
+    setup = {"engines": [1, 4]}
+    asked = {"event": "request", "asked": {"engines": 2}, "refused": None, "time": 5.0}
+    assert past([{"event": "began", "setup": setup}, asked], setup).wish == {"engines": 2, "at_s": 5.0}
+
+
 def test_a_status_is_of_the_last_events(tmp_path: Path):
     journal = Journal(tmp_path / "journal.jsonl")
     for step in range(2 * SHOWN):

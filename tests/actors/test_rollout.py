@@ -205,6 +205,43 @@ def test_a_rank_that_dies_or_hangs_takes_its_engine_along(cluster: Session, fold
     run(main)
 
 
+def test_engines_join_and_leave_under_requests_and_none_is_lost(cluster: Session, folder, expected):
+    """A leaving engine finishes what it has, or others answer it; the last but one may even die on the way."""
+
+    async def main() -> None:
+        events = []
+        async with RolloutGroup([config(folder)], EACH, bounds=(1, 3)) as group:
+            group.on_event = lambda event, engine, **_: events.append((event, engine))
+
+            async def until(event: str, engine: int) -> None:
+                while (event, engine) not in events:
+                    await asyncio.sleep(0.02)
+
+            assert group.grow(2) == (1, 2)
+            await until("joined", 1)
+            await until("joined", 2)
+            answers = asyncio.ensure_future(all_of(group))
+            while sum(row["requests"] for row in group.members()) < 16:  # they are on their way
+                await asyncio.sleep(0)
+            group.retire(0, "the test wants it", within_s=0.0)
+            group.retire(1, "the test wants it", within_s=200.0)
+            await asyncio.sleep(0)
+            assert group.fleet.ready == (2,)
+            assert await answers == expected
+            await until("left", 0)
+            await until("left", 1)
+            assert [(row["engine"], row["state"]) for row in group.members()] == [(2, "ready")]
+            assert await all_of(group) == expected
+            assert group.grow(1) == (3,)
+            group.retire(3, "after all not", within_s=0.0)
+            assert ("left", 3) in events
+            assert sum(group._balancer.outstanding) == 0
+            assert group.fleet.failures == 0
+            assert await all_of(group) == expected
+
+    run(main)
+
+
 def test_when_no_engine_is_left_all_requests_fail(cluster: Session, folder):
     async def main() -> None:
         async with RolloutGroup([config(folder)], EACH, failures=FailureConfig()) as group:

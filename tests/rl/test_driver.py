@@ -20,7 +20,7 @@ from raytron.metrics import read_timeline
 from raytron.rl import driver, scorers
 from raytron.rl.buffer import Journal
 from raytron.rl.config import RewardConfig, RewardModelConfig, RLConfig
-from raytron.rl.engines import fitting_dp
+from raytron.rl.engines import fitting_dp, fitting_engines
 from raytron.rl.trainers import Trainers
 from recipes.grpo import config as recipe
 from recipes.ppo import config as ppo
@@ -97,6 +97,7 @@ def test_engines_that_take_turns_with_the_trainer_change_no_bit_and_need_no_seat
         ({"engine": EngineConfig(engine="vllm")}, {}, "vLLM gives memory back on a GPU only"),
         ({"gpus": 1.0}, {}, "not what colocated engines take"),
         ({"colocate": False, "release": "weights"}, {}, "set rollout.colocate too"),
+        ({"engines": (1, 2)}, {}, "give one number"),
     ],
 )
 def test_what_cannot_be_done_in_turns_is_refused(rollout, more, message):
@@ -190,6 +191,22 @@ def test_as_many_ranks_train_as_find_seats_beside_the_engines(options, groups, f
     nodes = [Node("a", "a", {"CPU": 64.0}, {"CPU": float(free)})]
     config = replace(recipe, scaling=ScalingConfig(**options))
     assert fitting_dp(config, groups, [{"CPU": 1.0}] * 2, nodes) == dp
+
+
+@pytest.mark.parametrize(
+    ("engines", "requested", "free", "count"),
+    [
+        (2, None, 0, 2),
+        (2, 1, 9, 2),
+        ((1, 4), None, 3, 3),
+        ((1, 4), None, 9, 4),
+        ((2, 4), None, 0, 2),
+        ((1, 4), 2, 9, 2),
+    ],
+)
+def test_as_many_engines_start_as_find_seats(engines, requested, free, count):
+    nodes = [Node("a", "a", {"CPU": 64.0}, {"CPU": float(free)})]
+    assert fitting_engines(replace(recipe.rollout, engines=engines), nodes, requested) == count
 
 
 @pytest.mark.slow
