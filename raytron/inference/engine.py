@@ -37,6 +37,7 @@ from raytron.models.base import ShardedModel
 from raytron.models.kernels import KEYS
 from raytron.parallel.collectives import World
 from raytron.parallel.device_memory import identity
+from raytron.parallel.layout import Spec
 from raytron.parallel.progress import WriterGone
 
 __all__ = ["NativeEngine", "end_tokens", "engine_arch", "engine_parallel", "load_model", "model_dtype"]
@@ -476,6 +477,20 @@ class NativeEngine:
     def device(self) -> str:
         """`device_memory.identity` of where all weights are; "" where they are on several devices, or on the CPU."""
         return identity(self.model.weights.device) if self.model.world.mesh.size == 1 else ""
+
+    @property
+    def tensors(self) -> Mapping[str, Spec]:
+        """Canonical tensors of the model, as they are held."""
+        return self.model.layout().tensors
+
+    def write_weights(self, path: str) -> None:
+        """Write all weights into a `SharedDirectory` of `tensors` on this node, for other engines to load.
+
+        Raises WeightUpdateError where they are not whole, or a rank is on another node.
+        """
+        if self._mixed or self._asleep:
+            raise WeightUpdateError("the engine's weights are not whole at the moment")
+        self.runner.write(path)
 
     def verify(self, pushed: Pushed) -> int:
         """`confirmed` of what the engine holds now, whatever it has been told.

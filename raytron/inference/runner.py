@@ -28,14 +28,15 @@ from raytron.parallel.checksum import checksums
 from raytron.parallel.device_memory import Offer, take
 from raytron.parallel.layout import only, owners
 from raytron.parallel.progress import WriterGone
-from raytron.parallel.shared import SharedReader
+from raytron.parallel.shared import SharedReader, SharedWeights
+from raytron.parallel.storage import view
 
 __all__ = ["Runner", "Step"]
 
 log = logging.getLogger(__name__)
 
 _INLINE = 2048  # integers an order carries in its first message
-_STEP, _TENSOR, _PATH, _TAKE, _HOLD, _STOP = range(6)
+_STEP, _TENSOR, _PATH, _TAKE, _WRITE, _HOLD, _STOP = range(7)
 _SUMS_ONLY = -1
 
 
@@ -111,6 +112,16 @@ class Runner:
             text = np.frombuffer(path.encode(), dtype=np.uint8).astype(np.int32)
             self._tell(_PATH, (len(text),), text)
         self._load(path)
+
+    def write(self, path: str) -> None:
+        """All weights into a shared directory of this node, where other engines may load them from. Rank 0.
+
+        Every rank writes its own part. Raises WeightUpdateError if one could not: it may be on another node.
+        """
+        if self.world.mesh.size > 1:
+            text = np.frombuffer(path.encode(), dtype=np.uint8).astype(np.int32)
+            self._tell(_WRITE, (len(text),), text)
+        self._write(path)
 
     def take(self, path: str, turn: int | None) -> dict[str, int]:
         """What a push has changed, from a shared directory; checksums of all tensors that the ranks hold then. Rank 0.
@@ -196,9 +207,12 @@ class Runner:
             self._fill(text, self.world.axis("world").broadcast_(tensor))
             return
         try:
-            self._load(text) if kind == _PATH else self._take(text, number)
+            if kind == _TAKE:
+                self._take(text, number)
+            else:
+                {_PATH: self._load, _WRITE: self._write}[kind](text)
         except (WeightUpdateError, WriterGone):
-            log.exception("rank %d could not load %s", self.world.rank, text)
+            log.exception("rank %d could not read or write %s", self.world.rank, text)
 
     # The work itself, every rank
 
@@ -270,6 +284,18 @@ class Runner:
         failed = self.world.axis("world").all_reduce_(torch.tensor([float(problem is not None)]))
         if failed:
             raise WeightUpdateError(problem or f"another rank could not load {path}; its log says why")
+
+    def _write(self, path: str) -> None:
+        problem, me = None, rank_name(self.world.rank)
+        try:
+            shared = SharedWeights(path)
+            for name, piece in only(owners(self.model.layout()), places=[me]):
+                shared.write(name, piece.box, view(self.model.weights, piece.box, piece.spot()), turn=1)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        failed = self.world.axis("world").all_reduce_(torch.tensor([float(problem is not None)]))
+        if failed:
+            raise WeightUpdateError(problem or f"another rank could not write to {path}; its log says why")
 
     def _take(self, path: str, turn: int) -> dict[str, int]:
         names, problem, gone, sums = list(self._specs()), None, None, {}

@@ -7,6 +7,8 @@
 
 A client that leaves is noticed at once, streaming or not: one task waits for ASGI's `http.disconnect` beside the work,
 and cancels it. Starlette's own responses notice only at the next send, which for a request in the queue is too late.
+
+An answer in one piece outlives its engine: nobody has seen any of it, so it is asked for again.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from raytron.inference import EngineFailed, Output, Overloaded, Request
+from raytron.serving.backend import Interrupted
 from raytron.serving.metrics import Timer
 from raytron.serving.protocol import Refused
 
 __all__ = ["Answer", "ClientGone", "EventStream", "Source", "refusal", "unless_gone"]
 
+ATTEMPTS = 10  # of an answer in one piece, whose engine may be lost in the middle each time
 T = TypeVar("T")
 Numbered = list[tuple[int, Output]]
 
@@ -57,11 +61,19 @@ def refusal(error: BaseException) -> Refused | None:
 
 
 class Answer:
-    """The outputs of one HTTP request's prompts. `requests` are numbered as they stand."""
+    """The outputs of one HTTP request's prompts. `requests` are numbered as they stand.
 
-    def __init__(self, source: Source, model: str, requests: Sequence[Request], timer: Timer) -> None:
+    unseen: nobody sees anything before the end, so what an engine takes with it may be asked for again.
+    """
+
+    def __init__(
+        self, source: Source, model: str, requests: Sequence[Request], timer: Timer, unseen: bool = False
+    ) -> None:
         self.timer, self.requests = timer, requests
-        streams = [source.generate(model, request) for request in requests]
+        if unseen:
+            streams = [_unseen(source, model, request, timer) for request in requests]
+        else:
+            streams = [source.generate(model, request) for request in requests]
         self._outputs = _numbered(streams[0]) if len(streams) == 1 else _merged(streams)
         self._first: Numbered | None = None
         self.first_version = timer.version
@@ -105,6 +117,28 @@ class Answer:
             await self._outputs.aclose()
         finally:
             self.timer.end()
+
+
+async def _unseen(source: Source, model: str, request: Request, timer: Timer) -> AsyncGenerator[list[Output], None]:
+    """The outputs of a request once they are all there, from engines that may be lost on the way."""
+    kept: list[list[Output]] = []
+    for attempt in range(ATTEMPTS):
+        kept.clear()
+        try:
+            async with contextlib.aclosing(source.generate(model, request)) as stream:
+                async for outputs in stream:
+                    timer.began()
+                    kept.append(outputs)
+            break
+        except Interrupted:
+            if attempt == ATTEMPTS - 1:
+                raise
+        except Overloaded as error:  # it was taken on once, and is not refused now
+            if attempt in (0, ATTEMPTS - 1):
+                raise
+            await asyncio.sleep(error.retry_after_s)
+    for outputs in kept:
+        yield outputs
 
 
 async def _numbered(stream: AsyncGenerator[list[Output], None]) -> AsyncGenerator[Numbered, None]:

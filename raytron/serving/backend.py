@@ -11,10 +11,14 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from raytron.inference import EngineLoop, Output, Request, Stats
+from raytron.inference import EngineFailed, EngineLoop, Output, Request, Stats
 from raytron.inference.types import PauseMode
 
-__all__ = ["Backend", "LocalBackend", "ModelCard"]
+__all__ = ["Backend", "Interrupted", "LocalBackend", "ModelCard"]
+
+
+class Interrupted(EngineFailed):
+    """An engine was lost in the middle of an answer; another one may give it, from the start."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Backend(Protocol):
         """The outputs of `request` as they come, at least one a list; closing it early (`aclose`) aborts the request.
 
         Raises, when it is first advanced: ValueError for a request that can't be answered, Overloaded when the queue
-        is full, EngineFailed when no engine can answer; the last at any later time too.
+        is full, EngineFailed when no engine can answer; the last at any later time too, as Interrupted where asking
+        again makes sense.
         """
 
     async def update_weights(self, model: str, path: str, mode: PauseMode = "keep", version: int | None = None) -> int:

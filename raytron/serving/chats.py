@@ -36,7 +36,7 @@ async def chat(service: Service, http: HTTPRequest) -> Response:
     params = asked.params(json_schema=schema, stop=rendered.stop)
     ids = await text.encode(rendered.prompt, special=bool(asked.add_special_tokens))
     request = service.request(card, ids, params, http.state.caller, "chatcmpl")
-    answer = service.open(http, card, [request])
+    answer = service.open(http, card, [request], asked.stream)
     rendering = _Rendering(asked, card, text, request, answer, forced, bool(tools))
     if asked.stream:
         return await service.streamed(http, answer, rendering.events, rendering.end)

@@ -34,7 +34,7 @@ async def complete(service: Service, http: HTTPRequest) -> Response:
     ids = await asyncio.gather(*(_ids(text, prompt, special) for prompt in prompts))
     caller = http.state.caller
     requests = [service.request(card, one, params, caller, "cmpl") for one in ids]
-    answer = service.open(http, card, requests)
+    answer = service.open(http, card, requests, asked.stream)
     rendering = _Rendering(asked, card, text, requests, answer)
     if asked.stream:
         return await service.streamed(http, answer, rendering.events, rendering.end)

@@ -115,7 +115,7 @@ async def generate(service: Service, http: HTTPRequest) -> Response:
         return json_response(await unless_gone(http, _beams(service, card, text, asked, requests[0])))
     stepwise = asked.top_p_decay > 0 or asked.prevent_newline_after_colon
     backend = _Stepwise(service.backend, asked, text) if stepwise and asked.tokens_to_generate else service.backend
-    answer = service.open(http, card, requests, backend)
+    answer = service.open(http, card, requests, source=backend)
     return await service.whole(http, answer, lambda outputs: _body(asked, text, requests, outputs))
 
 

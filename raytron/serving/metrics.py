@@ -76,7 +76,12 @@ class Timer:
             self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
             if output.versions:
                 self.version = output.versions[-1]
-        if self.generated_tokens and not self._first:
+        if self.generated_tokens:
+            self.began()
+
+    def began(self) -> None:
+        """The first token is there, now or earlier."""
+        if not self._first:
             self._first = time.perf_counter()
             self.metrics.ttft.labels(self.model).observe(self._first - self._begun)
 

@@ -2,10 +2,11 @@
 
     generate: open a mailbox slot -> handle.ask (routed, queued, counted by Serve) -> outputs by the channel -> verdict
 
-A request of which nothing has been streamed yet is asked again elsewhere when its replica fails, and waits in Serve's
-queue while there is none; after the first token a failure is the client's to hear of. A weight update goes to one
-replica first, so weights that do not fit cost nobody an answer, then is noted for replicas that start later, then goes
-to all; every request carries the newest weights known here, so none is answered by older ones after the update returns.
+A request of which nothing has come yet is asked again elsewhere when its replica fails, and waits in Serve's queue
+while there is none; after the first token the caller hears of it, who asks again where nobody has seen that token
+(`answers`). A weight update goes to one replica first, so weights that do not fit cost nobody an answer, then is noted
+for replicas that start later, then goes to all; every request carries the newest weights known here, so none is
+answered by older ones after the update returns.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from raytron.inference import EngineFailed, Output, Overloaded, Request, Stats, WeightUpdateError
 from raytron.inference.types import PauseMode
-from raytron.serving.backend import ModelCard
+from raytron.serving.backend import Interrupted, ModelCard
 from raytron.serving.channel import Address, Letters, LostError, Mailbox
 from raytron.serving.replica import Ask, Verdict, Weights, newest_weights, remember_weights
 
@@ -110,7 +111,9 @@ class RayBackend:
                         yield outputs
                 return
             except LostError as error:
-                if begun or attempt == ATTEMPTS - 1:
+                if begun:
+                    raise Interrupted(f"{model}: {error}") from None
+                if attempt == ATTEMPTS - 1:
                     raise EngineFailed(f"{model}: {error}") from None
                 log.warning("%s: %s; asking again", model, error)
             await asyncio.sleep(backoff_s(attempt))
@@ -206,7 +209,7 @@ def _end(letters: Letters, heard: Verdict | Exception) -> None:
     elif heard.kind == "invalid":
         letters.fail(ValueError(heard.message))
     elif heard.sent:
-        letters.fail(EngineFailed(heard.message))
+        letters.fail(Interrupted(heard.message))
     else:
         letters.fail(LostError(heard.message))
 

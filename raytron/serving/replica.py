@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import msgpack
+import numpy as np
 import ray
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
@@ -22,6 +23,7 @@ from raytron.config import EngineConfig
 from raytron.inference import Engine, EngineFailed, EngineLoop, Output, Overloaded, Request, Stats, WeightUpdateError
 from raytron.inference.types import PauseMode
 from raytron.serving.channel import Address, Courier, LostError
+from raytron.serving.lending import Held, Lender, Lent, Peers
 
 __all__ = ["Ask", "EngineReplica", "Verdict", "Weights", "newest_weights", "remember_weights"]
 
@@ -104,7 +106,10 @@ class EngineReplica:
         self._node = ray.get_runtime_context().get_node_id()
         self._engine_loop = EngineLoop(start(config, each), max_queue=max_queue, name=name)
         self._weights = self._first
+        self._due = newest_weights(key).update  # changes that were made before there was this replica
         self._swapping = asyncio.Lock()
+        self._peers = Peers(self._node)
+        self._lender = Lender(self._engine_loop, self._peers.name)
         self._couriers: dict[bytes, asyncio.Future[Courier]] = {}
 
     async def ask(self, ask: Ask) -> Verdict:
@@ -161,11 +166,16 @@ class EngineReplica:
     async def _catch_up(self, weights: Weights) -> None:
         """Have weights at least as new as these."""
         if weights.update > self._weights.update:
-            await self._load(weights, "keep")
+            try:
+                await self._load(weights, "keep")
+            except ValueError as error:  # they were there once
+                raise WeightUpdateError(f"version {weights.version} is wanted, and gone: {error}") from error
 
     async def _load(self, weights: Weights, mode: PauseMode) -> None:
         async with self._swapping:
             if weights.update <= self._weights.update:
+                return
+            if weights.update <= self._due and await self._borrow(weights):
                 return
             try:
                 await self._engine_loop.update_weights(weights.path, mode, weights.version)
@@ -174,6 +184,40 @@ class EngineReplica:
                 await self._engine_loop.update_weights(self._weights.path, "keep", self._weights.version)
                 raise
             self._weights = weights
+
+    async def _borrow(self, weights: Weights) -> bool:
+        """Take weights at least as new as these out of another replica's memory; whether one had them."""
+        async with self._peers.borrowed(weights.update) as lent:
+            if lent is None:
+                return False
+            newest = Weights(*lent.weights)
+            try:
+                await self._engine_loop.update_weights(lent.folder, "keep", newest.version)
+            except (WeightUpdateError, ValueError) as error:  # it went meanwhile
+                log.warning("another replica's weights could not be taken: %s", error)
+                return False
+            self._weights = newest
+            return True
+
+    async def holds(self) -> Held:
+        """What it can lend to another replica."""
+        return Held(self._lender.owner, self._node, self._weights.update if self._lender.able else -1)
+
+    async def lend(self, owner: str) -> Lent | None:
+        """Its weights, if it is `owner`; see `Lender.lend`."""
+        if owner != self._lender.owner:
+            return None
+        async with self._swapping:
+            return await self._lender.lend(self._weights)
+
+    async def part(self, owner: str, start: int) -> np.ndarray | None:
+        """uint8: a chunk of what it lends, if it is `owner`."""
+        return await asyncio.to_thread(self._lender.part, start) if owner == self._lender.owner else None
+
+    async def returned(self, owner: str) -> None:
+        """A borrower is done."""
+        if owner == self._lender.owner:
+            self._lender.returned()
 
     async def swap(self, weights: Weights, mode: PauseMode) -> tuple[str, str]:
         """Load new weights under running requests: ("done", ""), or what is wrong with them.
@@ -211,3 +255,5 @@ class EngineReplica:
         """Serve calls it when every request has been answered."""
         if hasattr(self, "_engine_loop"):
             self._engine_loop.close()
+        if hasattr(self, "_lender"):
+            self._lender.close()

@@ -76,18 +76,23 @@ class Service:
         return Request(f"{kind}-{uuid.uuid4().hex}", tuple(ids), params, caller.id)
 
     def open(
-        self, http: HTTPRequest, card: ModelCard, requests: Sequence[Request], source: Source | None = None
+        self,
+        http: HTTPRequest,
+        card: ModelCard,
+        requests: Sequence[Request],
+        streamed: bool | None = False,
+        source: Source | None = None,
     ) -> Answer:
         """Begin to answer; the answer has to be closed. Raises Refused for too many sequences.
 
-        source: where outputs come from instead of the backend.
+        streamed: outputs are seen as they come. source: where they come from instead of the backend.
         """
         sequences = sum(request.params.n for request in requests)
         if sequences > MOST_SEQUENCES:
             raise Refused(f"prompts x n is {sequences}; at most {MOST_SEQUENCES} are taken", param="n")
         tokens = sum(len(request.prompt_token_ids) for request in requests)
         timer = Timer(self.metrics, card.id, http.url.path, tokens, card.version, sequences)
-        return Answer(source or self.backend, card.id, requests, timer)
+        return Answer(source or self.backend, card.id, requests, timer, unseen=not streamed)
 
     async def whole(self, http: HTTPRequest, answer: Answer, render: Callable[[list[Numbered]], Any]) -> Response:
         """Answer in one piece, the JSON that `render` makes of all outputs."""

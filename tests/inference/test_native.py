@@ -7,11 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from raytron.config import EngineConfig
-from raytron.inference import LLM, Collector, NativeEngine, Output, Request, SamplingParams, make_engine
+from raytron.inference import (
+    LLM,
+    Collector,
+    NativeEngine,
+    Output,
+    Request,
+    SamplingParams,
+    WeightUpdateError,
+    make_engine,
+)
 from raytron.models import build, from_pretrained, kernels
 from raytron.models.arch import DecoderConfig
+from raytron.parallel.shared import FILE, SharedDirectory
 from tests.models.hugging_face import random_model
 
 SIZES = {
@@ -224,6 +235,25 @@ def test_an_engine_that_sleeps_has_given_its_memory_back_and_goes_on_where_it_wa
     engine.step = stepping
     assert run(engine, asked) == wanted
     assert len(steps) > 8
+    engine.close()
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_all_weights_are_written_for_other_engines_to_load(directory, tmp_path, tp, pp):
+    folder, _ = directory
+    engine = make_engine(EngineConfig(path=str(folder), tp=tp, pp=pp, dtype="fp32", kv_cache_mb=4, threads=1))
+    shared = SharedDirectory(engine.tensors, {}, tmp_path)
+    engine.write_weights(shared.path)
+    written, wanted = load_file(Path(shared.path, FILE)), load_file(folder / "model.safetensors")
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(written[name], wanted[name]) for name in wanted)
+    with pytest.raises(WeightUpdateError):
+        engine.write_weights(str(tmp_path / "nothing"))
+    engine.start_weight_update()
+    engine.update_weights({"model.norm.weight": wanted["model.norm.weight"]})
+    with pytest.raises(WeightUpdateError, match="not whole"):
+        engine.write_weights(shared.path)
+    shared.close()
     engine.close()
 
 
