@@ -22,6 +22,7 @@ SCRIPTS = (
     "weight_sync.py",
     "grpo_step.py",
     "async.py",
+    "elastic.py",
     "gpu/train.py",
 )
 # What a machine with torch, numpy and safetensors alone does not have.
@@ -184,3 +185,14 @@ def test_async(tmp_path: Path):
         run(ROOT / "benchmarks" / "async.py", "--quick", "--steps", 3, "--force", "--output", tmp_path / "a.md")
     )
     assert [row["case"] for row in rows] == ["echo-digit fp32 staleness 1", "echo-digit fp32 staleness 2"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_elastic():
+    rows = rows_of(run(ROOT / "benchmarks" / "elastic.py", "--quick", "--case", "cold", "--size", "toy", "--force"))
+    by = {row["case"].partition("cold: ")[2]: row for row in rows}
+    assert "ratio" in by["fault to the next step"]
+    assert by["steps lost"]["ours"] == 0
+    assert by["bytes moved"]["details"]["equal in all"]
+    assert {"of which detect", "of which rendezvous", "of which move"} <= by.keys()

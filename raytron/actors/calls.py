@@ -77,7 +77,7 @@ class Calls:
         failures: list[Failure] = []
         waiting = dict(zip(self.refs, self.members, strict=True))
         signs = {member.worker.where.remote(): member for member in self.members}  # of life
-        start = quiet = time.monotonic()
+        start = quiet = looked = time.monotonic()
         while waiting and all(f.echo for f in failures):
             for ref in ready([*waiting, *signs], LOOK_S, at_least=1):
                 member = signs.pop(ref, None) or waiting.pop(ref)
@@ -86,7 +86,9 @@ class Calls:
                     failures.append(failure)
                     quiet = time.monotonic()
             now = time.monotonic()
-            failures += self._silent([m for m in signs.values() if m in waiting.values()], now - start)
+            if now - looked >= LOOK_S:
+                looked = now
+                failures += self._silent([m for m in signs.values() if m in waiting.values()], now - start)
             if now - start > settle_s or (not signs and now - quiet > QUIET_S):
                 break
         for ref in signs:
@@ -100,8 +102,9 @@ class Calls:
         """Failures of those who have not said a word, not even on their control threads."""
         if not members:
             return []
-        living = living_nodes()
+        living = living_nodes({member.where.node for member in members})
         lost = {m: GONE for m in members if m.where.node not in living}
+        self._group.gone |= {m.where.node for m in lost}
         if waited_s > SILENT_S:
             lost |= {m: HUNG for m in members if m not in lost}
         return [self._report(member, kind, f"within {waited_s:.1f} s") for member, kind in lost.items()]

@@ -375,7 +375,8 @@ class Elastic:
 
     def _free(self, lost: Mapping[str, str]) -> dict[str, int]:
         """Ranks that could start, by node: in what Ray has free, and on chairs that nobody sits on."""
-        free = Counter({node.id: room(node.available, self.group.each) for node in cluster()})
+        nodes = [node for node in cluster() if node.id not in self.group.gone]
+        free = Counter({node.id: room(node.available, self.group.each) for node in nodes})
         free.update(chair.seat.node for chair in self.group.vacant if chair.seat.node in free)
         gone = [self._mover.nodes[place] for place in lost if self.group.member(place) is None]
         free.subtract(node for node in gone if node in free)  # counted as seats of the lost already

@@ -60,6 +60,7 @@ class ActorGroup:
         generation: how often the ranks have met.
         broken: why calls are refused, None while they are not.
         each: resources of one rank.
+        gone: nodes found to be gone, of which Ray may not know yet.
 
     Use it as a context manager, or call `shutdown`; either leaves no process behind.
 
@@ -84,6 +85,7 @@ class ActorGroup:
         self.generation = -1
         self.broken: str | None = None
         self.members: list[Member] = []
+        self.gone: set[str] = set()
         self.each, self._strategy = dict(each or {"CPU": 1}), strategy
         self._start_s, self._timeout_s, self._threads, self._env = start_s, timeout_s, threads, dict(env or {})
         self._crew: dict[str, Member] = {}  # everyone alive as far as is known, seated or not, by name

@@ -1,7 +1,7 @@
 """Who of a group is dead, hangs, is slow, or sits on a node that is to leave. Each is noticed by its own means.
 
     dead actor      Ray says so; calls under way fail, and no watching is needed
-    dead node       Ray's node table. Its peers see closed sockets before
+    dead node       its raylet refuses connections once its peers have seen closed sockets; else Ray's node table
     stopped process its control thread does not answer
     hung engine     nothing happens for many steps' time, and it is not waiting for a peer: whoever waits is a victim
     nobody moves    everyone waits for a peer: a message was lost; all are released and do the step again

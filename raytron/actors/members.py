@@ -7,8 +7,10 @@ can take.
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,7 @@ __all__ = ["Chair", "Member", "draining", "ended", "living_nodes", "ready", "sur
 
 LOOK_S = 0.1  # how often to look again at what may have changed
 SILENT_S = 5.0  # a living worker's control thread answers within this
+REFUSAL_S = 0.2  # a host that is there refuses a connection within this
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,29 @@ class Member:
         return self.name if self.rank is None else f"rank {self.rank} ({self.name})"
 
 
-def living_nodes() -> frozenset[str]:
-    """Ids of the nodes that Ray believes alive."""
-    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+def living_nodes(doubted: Collection[str] = ()) -> frozenset[str]:
+    """Ids of the nodes that Ray believes alive, without those of `doubted` whose raylet is not there any more: Ray
+    declares a node dead after some health checks only (16 seconds with its defaults)."""
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    asked = [name for name in doubted if name in nodes]
+    if not asked:
+        return frozenset(nodes)
+    where = [(nodes[name]["NodeManagerAddress"], nodes[name]["NodeManagerPort"]) for name in asked]
+    with ThreadPoolExecutor(min(len(asked), 64)) as pool:
+        gone = {name for name, refused in zip(asked, pool.map(refuses, where), strict=True) if refused}
+    return frozenset(nodes.keys() - gone)
+
+
+def refuses(address: tuple[str, int]) -> bool:
+    """Whether the host says that nobody listens there. One that says nothing may only be far away: that is for Ray's
+    own health checks to tell."""
+    try:
+        socket.create_connection(address, REFUSAL_S).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def draining() -> Mapping[str, float]:
@@ -77,25 +100,31 @@ def draining() -> Mapping[str, float]:
     return {node: until / 1000 if until else float("inf") for node, until in nodes.items()}
 
 
-def survey(members: Sequence[Member], patience_s: float = SILENT_S) -> dict[str, str]:
+def survey(
+    members: Sequence[Member], patience_s: float = SILENT_S, gone: Collection[str] = frozenset()
+) -> dict[str, str]:
     """Those of `members` that are lost, by name, and how: `DIED`, `GONE` or `HUNG`.
 
-    Each is asked for a sign of life; who gives none within `patience_s` seconds has lost its node, or hangs.
+    Each is asked for a sign of life; who gives none within `patience_s` seconds has lost its node, or hangs. Whose
+    process died may have lost its node too, and who is left on a lost node will not be for long.
+
+    Args:
+        gone: nodes that are known to be.
     """
-    asked = {member.worker.where.remote(): member for member in members}
-    lost: dict[str, str] = {}
+    asked = {member.worker.where.remote(): member for member in members if member.where.node not in gone}
+    lost = {member.name: GONE for member in members if member.where.node in gone}
     deadline = time.monotonic() + patience_s
     while asked:
-        for ref in ready(asked, LOOK_S):
-            member = asked.pop(ref)
-            if ended(ref):
-                lost[member.name] = DIED
-        late, living = time.monotonic() >= deadline, living_nodes()
+        over = {ref: asked.pop(ref) for ref in ready(asked, LOOK_S)}
+        died, late = [member for ref, member in over.items() if ended(ref)], time.monotonic() >= deadline
+        living = living_nodes({member.where.node for member in (*died, *asked.values())})
+        lost |= {member.name: DIED if member.where.node in living else GONE for member in died}
         for ref, member in list(asked.items()):
             if late or member.where.node not in living:
                 lost[member.name] = HUNG if member.where.node in living else GONE
                 del asked[ref]
-    return lost
+    nodes = {member.where.node for member in members if lost.get(member.name) == GONE}
+    return lost | {member.name: GONE for member in members if member.where.node in nodes}
 
 
 def ended(ref: ray.ObjectRef) -> bool:

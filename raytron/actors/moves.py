@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from raytron.actors.failures import DIED
+from raytron.actors.failures import DIED, GONE
 from raytron.actors.members import SILENT_S, Member, ended, ready, survey
 from raytron.actors.policy import Decision, Rewind, Shrink, Unit
 from raytron.actors.reseating import ElasticGroup
@@ -103,9 +103,11 @@ class Mover:
         with spent.timed("survey"):
             self._restore_spares()
             members = [member for place in places if (member := self._group.member(place))]
-            gone = survey([*members, *self._group.spares], patience_s)
+            asked = [*members, *self._group.spares]
+            gone = survey(asked, patience_s, self._group.gone)
             lost = {place: DIED for place in places if self._group.member(place) is None}
             lost |= {place: how for place, how in gone.items() if place in places}
+            self._group.gone |= {member.where.node for member in asked if gone.get(member.name) == GONE}
             self._group.lose([spare.name for spare in self._group.spares if spare.name in gone])
         with spent.timed("release"):
             alive = [member for member in members if member.name not in lost]

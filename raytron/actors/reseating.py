@@ -172,6 +172,7 @@ class ElasticGroup(ActorGroup):
             mesh = replace(unit, dp=count // unit.size)
         else:
             mesh = Mesh(dp=count // unit.tp, tp=unit.tp) if count % unit.tp == 0 else Mesh(dp=count)
+        avoid = {*avoid, *(self.gone & living_nodes())}
         placement = place(mesh, self.each, strategy=self._strategy, wait_s=wait_s, avoid=avoid)
         self._groups |= {group.id: group for group in placement.groups}
         if self._closed:
@@ -198,7 +199,7 @@ class ElasticGroup(ActorGroup):
 
     def _tidy(self, keep: bool = True) -> None:
         """Give back the placement groups that nobody sits in: all of them, or with `keep` those on lost nodes."""
-        used, living = {member.chair.group.id for member in self._crew.values()}, living_nodes()
+        used, living = {member.chair.group.id for member in self._crew.values()}, living_nodes() - self.gone
         vacant: dict[Any, list[Chair]] = {}
         with self._lock:
             for chair in self._vacant:

@@ -47,7 +47,7 @@ __all__ = [
     "split_rows",
 ]
 
-SLICE = timedelta(milliseconds=200)
+SLICE = timedelta(milliseconds=50)  # how long a rank that is told to give up may go on waiting
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 _PARKED: list[object] = []  # groups that may still have an operation in flight; freeing one would block
 
@@ -427,6 +427,10 @@ class World:
             for kind, group in axis._groups.items():
                 if kind != "cpu":
                     group.abort()
+
+    def check(self) -> None:
+        """Raise `GaveUp` if this rank was told to give up: for long work between two waits."""
+        self._gate.check()
 
     def waits(self, thread: int) -> Waits:
         """The waits of the thread with that identity, over all axes; for an onlooker, who may call it any time."""

@@ -210,6 +210,7 @@ class TrainEngine:
         narrow, index = view.dtype != param.dtype, self._index[param]
 
         def accumulated(param: Tensor) -> None:
+            self.world.check()  # after a fault nobody waits for the rest of a backward
             if narrow:
                 view.add_(param.grad)
                 param.grad = None
@@ -242,6 +243,7 @@ class TrainEngine:
 
     def _forward(self, batch: MicroBatch, chunk: int, hidden: Tensor | None, judge: Judge) -> Tensor:
         """One chunk of one micro-batch: hidden states, or from the last what `judge` makes of the logits."""
+        self.world.check()
         module, (size, length) = self.model.chunks[chunk], batch.tokens_BS.shape
         seq = self.model.sequences(size, length, batch.position_ids_BS, batch.document_ids_BS, batch.parent_ids_BS)
         with self._autocast():

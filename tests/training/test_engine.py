@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from raytron.config import GuardConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from raytron.data.loader import MicroBatch
 from raytron.models import build
-from raytron.parallel.collectives import World
+from raytron.parallel.collectives import GaveUp, World
 from raytron.parallel.mesh import Mesh
 from raytron.training import TrainEngine, TrainingStopped, learning_rate
 from tests.training.engines import ARCHS, BATCH, LENGTH, batches, canonical, config, global_batch, make
@@ -446,3 +446,13 @@ def test_an_engine_that_sleeps_between_its_steps_has_the_bits_of_one_that_does_n
         engines[1].wake()
         engines[1].wake()
     assert torch.equal(*(engine.model.weights for engine in engines))
+
+
+def test_a_rank_that_is_told_to_give_up_does_not_finish_its_backward():
+    engine = make()
+    first, last = engine.model.slots[0], engine.model.slots[-1]
+    last.param.register_post_accumulate_grad_hook(lambda _: engine.world.give_up("a peer is lost"))
+    with pytest.raises(GaveUp, match="a peer is lost"):
+        engine.step(batches(engine, "untied", 0))
+    assert engine.standing().phase == "forward_backward"
+    assert not engine.grads[first.offset : first.offset + first.numel].any()
