@@ -201,6 +201,10 @@ class TrapTask(PretrainTask):
         self.trap("move")
         return super().reshape(*args)
 
+    def restart(self, world: Any) -> tuple[int, list[str]]:
+        self.trap("move")
+        return super().restart(world)
+
     def _engine_of(self, model: Any, config: Any) -> TrapEngine:
         return TrapEngine(model, config, self.trap)
 

@@ -22,6 +22,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -403,8 +404,27 @@ class World:
         return self._axes[key]
 
     def _connect(self, name: str, ranks: tuple[int, ...]) -> dict[str, object]:
+        """The line's groups. They are made by a thread of its own: a rendezvous that a rank does not come to cannot be
+        ended, but left."""
         if not self._live:
             return {}
+        made: Future[dict[str, object]] = Future()
+
+        def meet() -> None:
+            try:
+                made.set_result(self._meet(name, ranks))
+            except Exception as error:
+                made.set_exception(error)
+
+        threading.Thread(target=meet, name=f"raytron-{name}", daemon=True).start()
+        with self._gate.waiting():
+            while not wait([made], SLICE.total_seconds()).done:
+                self._gate.check()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread too
+        return made.result()
+
+    def _meet(self, name: str, ranks: tuple[int, ...]) -> dict[str, object]:
         line = f"{self._prefix}/{name}/{ranks[0]}"
         place = (ranks.index(self.rank), len(ranks))
         groups: dict[str, object] = {

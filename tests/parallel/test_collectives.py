@@ -200,7 +200,7 @@ def test_an_extra_line_does_not_interleave_with_the_world(ranks):
 # Letting go
 
 
-OPERATIONS = ("all_reduce", "reduce_scatter", "irecv", "barrier")
+OPERATIONS = ("all_reduce", "reduce_scatter", "irecv", "barrier", "first use of an axis")
 
 
 def block(world: World, operation: str) -> None:
@@ -212,8 +212,10 @@ def block(world: World, operation: str) -> None:
         axis.reduce_scatter(torch.zeros(4))
     elif operation == "irecv":
         axis.irecv(torch.zeros(4), 1).wait()
-    else:
+    elif operation == "barrier":
         axis.barrier()
+    else:
+        world.extra("checkpoint")
 
 
 def reason_of(wait, *args) -> str:
