@@ -499,6 +499,10 @@ class Status:
     """Folder of the run (runs/NAME), or its name in the cluster of RAY_ADDRESS."""
     json: bool = False
     """Print JSON."""
+    page: str | None = None
+    """Write a page to look at, an HTML file; a run leaves one itself, in its folder, when it is over."""
+    follow: bool = False
+    """Again every few seconds, until the run is over; a browser then keeps up with the page."""
 
     def run(self) -> None:
         """Print it; of a run that is not alive, the end of its journal."""
@@ -506,11 +510,24 @@ class Status:
 
         try:
             with live.talking_to(self.target) as mailbox:
-                state = live.status(mailbox)
+                for state in live.following(mailbox, FOLLOW_S) if self.follow else [live.status(mailbox)]:
+                    self._tell(state)
         except ValueError as error:
             print(f"{error}\n{live.last_words(self.target)}")
-            return
-        print(json.dumps(state) if self.json else live.describe(state))
+            self._tell(None)
+        else:
+            if self.follow:
+                self._tell(None)
+
+    def _tell(self, state: dict[str, Any] | None) -> None:
+        """A status; None where the run is not alive."""
+        from raytron.actors import live
+
+        if state is not None:
+            clear = "\x1b[H\x1b[J" if self.follow and not self.json and sys.stdout.isatty() else ""
+            print(json.dumps(state) if self.json else clear + live.describe(state), flush=True)
+        if self.page is not None:
+            live.write_page(self.target, self.page, state, FOLLOW_S if self.follow and state else None)
 
 
 @dataclass(frozen=True)
@@ -603,6 +620,8 @@ def _seconds(text: str) -> float:
         raise ValueError(f"{text!r} is no time; write 30, 30s, 2m or 1h")
     return seconds
 
+
+FOLLOW_S = 5  # between two looks at a run that is followed
 
 COMMANDS = {
     "preprocess": Preprocess,

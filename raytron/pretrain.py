@@ -24,6 +24,7 @@ from rich.console import Console
 from raytron.actors import CapacityError, Session, TrainerGroup, from_ray_train, result
 from raytron.actors.control import Control
 from raytron.actors.elastic import Elastic, Rewound
+from raytron.actors.journal import PAGE
 from raytron.actors.moves import Job
 from raytron.actors.placement import Node, cluster, ranks_that_fit
 from raytron.actors.policy import Rules, Unit
@@ -189,6 +190,7 @@ class Run:
             step, damaged = group.load() if resume else (0, [])
             elastic = self._elastic(group, control, failures, stop)
             self._warn(group)
+            control.started(step)
             while True:
                 try:
                     return self._go_on(elastic, step, damaged, stop)
@@ -300,7 +302,7 @@ class Run:
         progress, last = self.progress, self.progress.last
         if last is not None:
             files = {"model": f"{checkpoint}/model"} if checkpoint else {}
-            files |= {"loss curve": picture, "metrics": metrics_file, "run": folder}
+            files |= {"loss curve": picture, "metrics": metrics_file, "what happened": folder / PAGE, "run": folder}
             table = summary_table(
                 name=self.config.run.name,
                 tokens=last.consumed_tokens,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,17 +17,19 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from raytron.actors.account import Account
+from raytron.actors.failures import WorkerError
 from raytron.actors.health import Limits, Watch
-from raytron.actors.journal import Journal, past, read_journal, wish_after
+from raytron.actors.journal import JOURNAL, PAGE, Journal, past, read_journal, wish_after
 from raytron.actors.mailbox import open_mailbox
 from raytron.actors.policy import Decision
 from raytron.actors.reseating import ElasticGroup
 from raytron.actors.runs import write_json
 from raytron.config import ElasticConfig
+from raytron.metrics import status_page
 
 __all__ = ["CLUSTER", "Control"]
 
-JOURNAL = "journal.jsonl"
 CLUSTER = "cluster.json"  # in the run's folder: where its driver and its mailbox are
 VISIT_S = 1.0  # between two visits to the mailbox
 SAID = (
@@ -76,6 +78,7 @@ class Control:
     ) -> None:
         self._steps, self._say, self._stragglers = steps, say, config.replace_slow
         self._limits = Limits(config.silence_s, config.hang_s, config.hang_factor)
+        self._name, self._folder = name, folder
         self._mailbox = open_mailbox(name)  # once there is no other driver of this run
         self.past = past(read_journal(folder / JOURNAL), setup)
         self.wish = self.past.wish
@@ -86,16 +89,22 @@ class Control:
         self._asked: list[dict[str, Any]] = []
         self._answers: dict[int, str] = {}
         self._status: dict[str, Any] = {"run": name, "steps": steps, "step": 0, "pid": os.getpid()}
-        self._start_s, self._useful_s, self._recoveries, self._visited_s = time.time(), 0.0, 0, 0.0
+        self._start_s, self._recoveries, self._visited_s = time.time(), 0, 0.0
+        self._account, self._seats = Account(self._start_s), {}
         self._last: tuple[Any, ...] = ()
         self.watch: Watch | None = None
-        self.note("began", setup=dict(setup), what="the driver before this one died" if self.past.interrupted else "")
+        began = {"run": name, "steps": steps, "setup": dict(setup)}
+        self.note("began", **began, what="the driver before this one died" if self.past.interrupted else "")
 
     @contextmanager
     def watching(self, group: ElasticGroup) -> Iterator[Watch]:
         """Watch `group`, and be talked to, for the length of the block."""
         with Watch(group, self._limits, lambda event, what: self.note(event, what=what), self.visit) as self.watch:
-            yield self.watch
+            try:
+                yield self.watch
+            except (WorkerError, TimeoutError) as error:
+                self.note("failed", what=str(error).partition("\n")[0], **self.unheard())
+                raise
         self.visit(last=True)
 
     def note(self, event: str, **what: Any) -> None:
@@ -103,7 +112,8 @@ class Control:
         self._recoveries += event in ("recovered", "rewound")
         if event != "decided":
             self._last = ()
-        self._journal.note(event, **what)
+        known = {"step": self._status["step"], "useful_s": round(self._account.useful_s, 4)}
+        self._journal.note(event, **known | what)
         if event in SAID:
             self._say(_line(event, what))
 
@@ -115,11 +125,42 @@ class Control:
             self._last = (kind, mesh, decision.leave)
             self.note("decided", action=kind, mesh=_sizes(mesh), leave=list(decision.leave), reason=decision.reason)
 
+    def begins(self) -> None:
+        """Something new is begun: steps, an evaluation, a save."""
+        self._account.begins(time.time())
+
+    def unheard(self) -> dict[str, float]:
+        """Seconds since anything was begun or done, and the median step: what a fault is noted with, when it is known
+        first."""
+        return {"since_s": round(self._account.unheard_s(time.time()), 4), "step_s": round(self._account.step_s, 4)}
+
+    def started(self, step: int) -> None:
+        """A group of actors begins at `step`."""
+        redone = self._account.back_to(step)
+        self._status["step"] = step
+        self.note("started", redone_s=round(redone, 4))
+
     def stepped(self, record: Any) -> None:
         """A step was done."""
-        self._useful_s += record.step_time_s
+        self._account.step(record.step, record.step_time_s, time.time())
         if self.watch is not None:
             self.watch.step(record.step_time_s)
+        self._stands_at(record)
+
+    def regained(self, records: Sequence[Any]) -> None:
+        """Steps were done or finished that nobody had heard of before the fault."""
+        steps = [(record.step, record.step_time_s) for record in records]
+        if steps:
+            seconds = self._account.regained(steps, time.time())
+            self._stands_at(records[-1])
+            self.note("regained", seconds=round(seconds, 4))
+
+    def rewound(self, step: int) -> float:
+        """All ranks are back at `step`: seconds of the steps that are to be done again."""
+        self._status["step"] = step
+        return round(self._account.back_to(step), 4)
+
+    def _stands_at(self, record: Any) -> None:
         self._status |= {"step": record.step, "loss": record.loss, "step_time_s": record.step_time_s}
 
     def seated(self, group: ElasticGroup) -> None:
@@ -127,6 +168,9 @@ class Control:
         rows = [(m.rank, m.name, m.where) for m in (*group.members, *group.spares)]
         ranks = [{"rank": rank, "place": name, **asdict(where)} for rank, name, where in rows]
         self._status |= {"mesh": _sizes(group.mesh), "generation": group.generation, "ranks": ranks}
+        if (seats := _seats(group)) != self._seats:
+            self._seats = seats
+            self.note("seated", **seats)
 
     def engines(self, rows: list[dict[str, Any]]) -> None:
         """A run's rollout engines are these now; see `RolloutGroup.members`."""
@@ -157,18 +201,20 @@ class Control:
 
     def failed(self, count: int, allowed: int, why: str) -> None:
         """A failure was counted, the run's `count`-th of `allowed`."""
-        self.note("fault", step=self._status["step"], count=count, what=f"failure {count} of {allowed}: {why}")
+        of = "" if allowed < 0 else f" of {allowed}"
+        self.note("fault", count=count, what=f"failure {count}{of}: {why}", **self.unheard())
 
-    def close(self) -> None:
-        """Be reachable no more."""
-        self.note("ended")
+    def close(self, why: str = "") -> None:
+        """Be reachable no more, and leave the page; `why` says what ended the run, where it was no success."""
+        self.note("ended", why=why)
+        status_page(read_journal(self._folder / JOURNAL), self._folder / PAGE, self._name)
         ray.kill(self._mailbox)
 
     def __enter__(self) -> Control:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self.close("" if error is None else f"{type(error).__name__}: {error}".partition("\n")[0])
 
     def visit(self, last: bool = False) -> None:
         """Leave status and answers in the mailbox and take requests out, unless that was done a moment ago."""
@@ -186,9 +232,25 @@ class Control:
 
     def status(self) -> dict[str, Any]:
         """JSON-ready: what `raytron status` shows."""
-        wall = time.time() - self._start_s
-        numbers = {"wall_s": wall, "goodput": min(1.0, self._useful_s / wall), "recoveries": self._recoveries}
-        return {**self._status, **numbers, "events": self._journal.recent}
+        now, useful = time.time(), self._account.useful_s
+        wall = now - self._start_s
+        numbers = {"time": now, "wall_s": wall, "useful_s": useful, "goodput": min(1.0, useful / wall)}
+        return {**self._status, **numbers, "recoveries": self._recoveries, "events": self._journal.recent}
+
+
+def _seats(group: ElasticGroup) -> dict[str, Any]:
+    """Who sits where, short: a place and the number of its node, by rank and of those who stand by."""
+    members, nodes = [*group.members, *group.spares], {}
+    for member in members:
+        nodes.setdefault(member.where.node, (len(nodes), member.where.host))
+    rows = [[member.name, nodes[member.where.node][0]] for member in members]
+    return {
+        "generation": group.generation,
+        "mesh": _sizes(group.mesh),
+        "nodes": [[node, host] for node, (_, host) in nodes.items()],
+        "ranks": rows[: len(group.members)],
+        "spares": rows[len(group.members) :],
+    }
 
 
 def _sizes(mesh: Any) -> list[int]:

@@ -130,6 +130,7 @@ class Elastic:
         while step < end and not stop():
             unheard: list[Any] = []
             try:
+                self._control.begins()
                 for record in self.group.steps(end - step, lambda: stop() or self._wants_boundary()):
                     step = self._noted(record)
                     yield record
@@ -138,13 +139,13 @@ class Elastic:
             except FAULTS as error:
                 unheard = self._recovered(_told(error), step)
             for record in unheard:
-                if record.step > step:
-                    step = self._noted(record)
-                    yield record
+                step = self._noted(record, regained=True)
+                yield record
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The group's `method`, again after every fault. Raises like `steps`."""
         while True:
+            self._control.begins()
             try:
                 return getattr(self.group, method)(*args, **kwargs)
             except FAULTS as error:
@@ -153,6 +154,7 @@ class Elastic:
     def saved(self) -> None:
         """A checkpoint of now is on its way."""
         self._saved_s = time.time()
+        self._control.note("saved")
 
     # Planned changes
 
@@ -249,9 +251,12 @@ class Elastic:
         while True:
             self._recover(error)
             try:
-                return max(self.group.consult(self.group.members, "since", step), key=len)
+                found = max(self.group.consult(self.group.members, "since", step), key=len)
             except FAULTS as another:
                 error = _told(another)
+            else:
+                self._control.regained(found)
+                return found
 
     def _recover(self, error: WorkerError) -> None:
         """Everyone is of one version again, and seated; or `Rewound`, or the fault is raised."""
@@ -296,8 +301,8 @@ class Elastic:
             return
         step, damaged = self._mover.start_over(decision, left, spent)
         self._disagree = False
-        self._moved("rewound", decision, spent, known_s)
         self._step = step
+        self._moved("rewound", decision, spent, known_s, redone_s=self._control.rewound(step))
         raise Rewound(step, damaged)
 
     def _decided(self, left: Survivors, spent: Spent, error: WorkerError) -> Decision:
@@ -382,20 +387,22 @@ class Elastic:
         free.subtract(node for node in gone if node in free)  # counted as seats of the lost already
         return {node: count for node, count in free.items() if count > 0}
 
-    def _noted(self, record: Any) -> int:
-        self._control.stepped(record)
+    def _noted(self, record: Any, regained: bool = False) -> int:
+        if not regained:  # else it is accounted for already
+            self._control.stepped(record)
         self._step = record.step
         if record.verdict:
             self._history += self._suspects.judged(record.verdict, self.group.members, time.time())
             self._control.note("verdict", step=record.step, **record.verdict)
         return record.step
 
-    def _moved(self, event: str, decision: Decision, spent: Spent, known_s: float | None = None) -> None:
+    def _moved(self, event: str, decision: Decision, spent: Spent, known_s: float | None = None, **more: float) -> None:
         mesh = decision.mesh
         if mesh != self._mesh:
             self._mesh, self._resized_s = mesh, time.time()
         took = {} if known_s is None else {"recovery_s": round(time.time() - known_s, 4)}
-        self._control.note(event, mesh=[mesh.dp, mesh.pp, mesh.cp, mesh.tp], **took, **spent.told())
+        sizes = [mesh.dp, mesh.pp, mesh.cp, mesh.tp]
+        self._control.note(event, mesh=sizes, generation=self.group.generation, **took, **more, **spent.told())
         self._control.seated(self.group)
 
 

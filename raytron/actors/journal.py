@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Journal", "Past", "past", "read_journal", "wish_after"]
+__all__ = ["JOURNAL", "PAGE", "Journal", "Past", "past", "read_journal", "wish_after"]
 
+JOURNAL, PAGE = "journal.jsonl", "status.html"  # in the run's folder
 SHOWN = 20  # events a status tells of
+UNTOLD = ("seated", "regained", "saved")  # events that are for pictures
 
 
 class Journal:
@@ -25,7 +27,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._recent = deque(read_journal(path), SHOWN)
+        self._recent = deque((event for event in read_journal(path) if event["event"] not in UNTOLD), SHOWN)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.read_bytes().endswith(b"\n"):  # a torn line must not swallow the next one
             with path.open("a") as file:
@@ -42,7 +44,8 @@ class Journal:
         line = json.dumps(entry)
         with self._path.open("a") as file:
             file.write(line + "\n")
-        self._recent.append(entry)
+        if event not in UNTOLD:
+            self._recent.append(entry)
         return entry
 
 

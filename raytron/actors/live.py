@@ -20,12 +20,15 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytron.actors.control import CLUSTER
-from raytron.actors.journal import read_journal
+from raytron.actors.journal import JOURNAL, UNTOLD, read_journal
 from raytron.actors.mailbox import NAMESPACE, find_mailbox
+from raytron.metrics import goodput, status_page
+from raytron.metrics.accounting import KINDS
 
-__all__ = ["ask", "chaos", "describe", "last_words", "status", "talking_to"]
+__all__ = ["ask", "chaos", "describe", "following", "last_words", "spent", "status", "talking_to", "write_page"]
 
 ANSWER_S = 60.0  # a driver looks at its requests between steps
+UNSAID = ("time", "event", "reason", "what", "step_s", "since_s", "useful_s", "sources", "run", "steps", "setup")
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
@@ -80,6 +83,66 @@ def status(mailbox: Any) -> dict[str, Any]:
     return ray.get(mailbox.status.remote())
 
 
+def following(mailbox: Any, every_s: float) -> Iterator[dict[str, Any]]:
+    """The run's status every `every_s` seconds until it is over."""
+    while True:
+        try:
+            state = status(mailbox)
+        except ray.exceptions.RayActorError:
+            return
+        yield state
+        time.sleep(every_s)
+
+
+def events_of(run: str, state: Mapping[str, Any] | None = None) -> list[Mapping[str, Any]]:
+    """The journal of the run, and what `state`, its status, says of now. Of a run whose folder is not here only the
+    last events are known."""
+    folder = folder_of(run)
+    events: list[Mapping[str, Any]] = read_journal(folder / JOURNAL) if folder else []
+    if state and state.get("ranks"):
+        if not events:
+            events = [{"time": state["time"] - state["wall_s"], "event": "began", "run": state["run"]}]
+            events += [_seated(state, events[0]["time"]), *state["events"]]
+        now = {name: state[name] for name in ("time", "step", "steps", "useful_s")}
+        events.append({"event": "now", **now})
+    return events
+
+
+def _seated(state: Mapping[str, Any], at: float) -> dict[str, Any]:
+    """A status as the journal tells of seats (`Control.seated`)."""
+    hosts = {rank["node"]: rank["host"] for rank in state["ranks"]}
+    rows = [(rank["rank"], [rank["place"], list(hosts).index(rank["node"])]) for rank in state["ranks"]]
+    told = {"generation": state["generation"], "mesh": state["mesh"], "nodes": [*map(list, hosts.items())]}
+    seats = {
+        "ranks": [row for rank, row in rows if rank is not None],
+        "spares": [r for rank, r in rows if rank is None],
+    }
+    return {"time": at, "event": "seated", **told, **seats}
+
+
+def write_page(
+    run: str, path: str | Path, state: Mapping[str, Any] | None = None, refresh_s: int | None = None
+) -> None:
+    """Write the page of a run (`metrics.status_page`), alive if there is a `state` of it.
+
+    Raises:
+        ValueError: nothing is known of the run.
+    """
+    events = events_of(run, state)
+    if not events:
+        raise ValueError(f"there is no journal in {run} or runs/{run}; give the folder of a run")
+    name = next((event["run"] for event in events if "run" in event), Path(run).absolute().name)
+    status_page(events, path, name, refresh_s)
+
+
+def spent(events: list[Mapping[str, Any]]) -> str:
+    """What the time of a run was spent on, in a line."""
+    account = goodput(events)
+    lost = {KINDS[kind]: seconds for kind, seconds in account.seconds.items() if kind != "useful" and seconds >= 0.05}
+    told = ", ".join(f"{seconds:.1f} s {what}" for what, seconds in sorted(lost.items(), key=lambda one: -one[1]))
+    return f"{account.seconds.get('useful', 0.0):.1f} of {account.wall_s:.1f} s were steps that count; {told}"
+
+
 def describe(state: Mapping[str, Any]) -> str:
     """A status in words and lines."""
     if not state.get("ranks"):
@@ -111,7 +174,7 @@ def told(events: list[Mapping[str, Any]]) -> list[str]:
     lines = []
     for event in events:
         clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-        rest = {key: value for key, value in event.items() if key not in ("time", "event", "reason", "what")}
+        rest = {key: value for key, value in event.items() if key not in UNSAID and value != ""}
         words = event.get("reason") or event.get("what") or ""
         lines.append(f"{clock} {event['event']}: {words} {' '.join(f'{k} {v}' for k, v in rest.items())}".rstrip())
     return lines
@@ -119,9 +182,9 @@ def told(events: list[Mapping[str, Any]]) -> list[str]:
 
 def last_words(run: str) -> str:
     """What the journal of a run that is not alive says."""
-    folder = folder_of(run)
-    events = read_journal(folder / "journal.jsonl")[-20:] if folder else []
-    return "\n".join(told(events)) or "nothing is known of it"
+    events = events_of(run)
+    shown = [event for event in events if event["event"] not in UNTOLD][-20:]
+    return "\n".join([*told(shown), spent(events)]) if events else "nothing is known of it"
 
 
 def chaos(

@@ -27,9 +27,10 @@ from raytron.training.commit import Resolution, Standing, resolve
 from raytron.training.reshape import Change, Moved
 from raytron.training.seating import Seating
 
-__all__ = ["Job", "Mover", "Spent", "Survivors"]
+__all__ = ["Job", "Mover", "Spent", "Survivors", "told_sources"]
 
 TORN = "torn"  # it lives, but stopped in the middle of its update
+TOLD = 64  # ranks whose sources are written down at a move
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,13 @@ class Survivors:
 
 @dataclass
 class Spent:
-    """Seconds of each part of a recovery or a change, in order; bytes as `plan` counts them."""
+    """Seconds of each part of a recovery or a change, in order; bytes as `plan` counts them; where each rank's came
+    from (`told_sources`)."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_moved: int = 0
     bytes_local: int = 0
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -78,7 +81,18 @@ class Spent:
     def told(self) -> dict[str, Any]:
         """JSON-ready."""
         parts = {f"{part}_s": round(seconds, 4) for part, seconds in self.seconds.items()}
-        return parts | {"bytes_moved": self.bytes_moved, "bytes_local": self.bytes_local}
+        return parts | {"bytes_moved": self.bytes_moved, "bytes_local": self.bytes_local, "sources": self.sources}
+
+
+def told_sources(places: Sequence[str], moved: Sequence[Moved]) -> list[dict[str, Any]]:
+    """By rank: its place, and the bytes it got by (kind, place) of their source; JSON-ready, and at most `TOLD` ranks,
+    those first that got most from others."""
+    rows = []
+    for rank, (place, one) in enumerate(zip(places, moved, strict=True)):
+        came = [[kind, source, count] for kind, source, count in sorted(one.sources, key=lambda s: -s[2])]
+        rows.append({"rank": rank, "place": place, "from": came})
+    got = {row["rank"]: sum(count for kind, _, count in row["from"] if kind != "own") for row in rows}
+    return sorted(sorted(rows, key=lambda row: -got[row["rank"]])[:TOLD], key=lambda row: row["rank"])
 
 
 class Mover:
@@ -141,6 +155,7 @@ class Mover:
         with spent.timed("move"):
             moved: list[Moved] = self._group.reshape(Change(old, new, lost, resolution, index), leaving)
         spent.bytes_moved, spent.bytes_local = moved[0].bytes_moved, moved[0].bytes_local
+        spent.sources = told_sources(new.places, moved[: new.mesh.size])
         self.seating, self._decided = new, True  # from here on the old engines are not needed, whoever dies
         with spent.timed("adopt"):
             self._adopt(self._group.members)

@@ -7,6 +7,7 @@ is the run's own memory: `loss_curve_png` draws it, and a resumed run is compare
 The package imports neither torch nor ray, so drivers, `torchrun` loops and plain scripts all use it.
 """
 
+from raytron.metrics.accounting import Goodput, goodput
 from raytron.metrics.progress import ProgressSink
 from raytron.metrics.records import EvalRecord, Record, StepRecord, read_records
 from raytron.metrics.report import loss_curve_png, summary_table
@@ -19,11 +20,13 @@ from raytron.metrics.sinks import (
     TensorBoardSink,
     WandbSink,
 )
+from raytron.metrics.status_page import status_page
 from raytron.metrics.timeline import Span, Timeline, read_lanes, read_timeline, shares
 from raytron.metrics.timeline_page import timeline_page, timeline_png
 
 __all__ = [
     "EvalRecord",
+    "Goodput",
     "JsonlSink",
     "MetricsWriter",
     "MlflowSink",
@@ -36,11 +39,13 @@ __all__ = [
     "TensorBoardSink",
     "Timeline",
     "WandbSink",
+    "goodput",
     "loss_curve_png",
     "read_lanes",
     "read_records",
     "read_timeline",
     "shares",
+    "status_page",
     "summary_table",
     "timeline_page",
     "timeline_png",

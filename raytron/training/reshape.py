@@ -33,7 +33,15 @@ from raytron.training.commit import Resolution, Standing
 from raytron.training.engine import DTYPES, TrainEngine
 from raytron.training.seating import Holdings, Seating, config_at, optimizer_buffers
 
-__all__ = ["Change", "Moved", "Reshaping"]
+__all__ = ["SOURCES", "Change", "Moved", "Reshaping"]
+
+SOURCES = {
+    "own": "its own memory",
+    "twin": "one of the two that held an optimizer shard",
+    "replica": "one of several that held the same",
+    "owner": "the only one that held it",
+}
+"""Where a rank's part of a new seating can come from."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +72,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Moved:
-    """What a move came to, over all places: bytes sent, bytes copied where they were, and this rank's seconds."""
+    """What a move came to.
+
+    bytes_moved, bytes_local: over all places, sent and copied where they were. seconds: this rank's. sources: where
+    this rank's own bytes came from, (kind, place, bytes), the kind being one of `SOURCES`.
+    """
 
     bytes_moved: int
     bytes_local: int
     seconds: float
+    sources: tuple[tuple[str, Place, int], ...] = ()
 
 
 @dataclass
@@ -143,16 +156,17 @@ class Reshaping:
             engine.optimizer.update(old.optimizer)  # most of the memory stays where it is
         transfer = _Transfer(transit, me, change.positions)
         new_weights = {} if engine is None else {(me, "weights"): engine.model.weights}
-        transfer(weights, _sources(old, me, change.whole), new_weights)
+        transfer(weights, _sources(old, me, change.whole), new_weights, before)
         names, dtype = optimizer_buffers(self.config)
         optimizer = optimizer.retyped(*[str(dtype).removeprefix("torch.")] * 2)
         for name in names:
             given, got = ({} if e is None else {(me, "shard"): e.optimizer[name]} for e in (old, engine))
-            transfer(optimizer, given, got)
+            transfer(optimizer, given, got, before)
         if engine is not None:
             engine.record = told["record"]
         self._next = _Next(change.new, world, engine, told)
-        return Moved(transfer.bytes_moved, transfer.bytes_local, time.perf_counter() - start)
+        sources = tuple((*source, count) for source, count in transfer.mine.items())
+        return Moved(transfer.bytes_moved, transfer.bytes_local, time.perf_counter() - start, sources)
 
     def adopt(self) -> None:
         """Go on with what `reshape` brought, and free what was before. Doing it again does nothing."""
@@ -186,17 +200,23 @@ def _plans(old: Holdings, new: Holdings, change: Change) -> tuple[Plan, Plan]:
 
 
 class _Transfer:
-    """Carries out plans over a transit world and adds up their bytes."""
+    """Carries out plans over a transit world and adds up their bytes; `mine` are those into this rank, by source."""
 
     def __init__(self, transit: World, me: Place, positions: Mapping[Place, int]) -> None:
-        self._axis, self._positions = transit.axis("world"), positions
+        self._axis, self._me, self._positions = transit.axis("world"), me, positions
         assert positions[me] == self._axis.index, f"{me} sits at {self._axis.index} of the transit, not {positions[me]}"
         self.bytes_moved = self.bytes_local = 0
+        self.mine: dict[tuple[str, Place], int] = {}
 
-    def __call__(self, moves: Plan, sources: Mapping, targets: Mapping) -> None:
+    def __call__(self, moves: Plan, sources: Mapping, targets: Mapping, held: Holdings) -> None:
         run(moves, Distributed(self._axis, self._positions, sources, targets))
         self.bytes_moved += moves.bytes_moved
         self.bytes_local += moves.bytes_local
+        for move in moves.moves:
+            if self._me in move.dst:
+                place = move.src[move.dst.index(self._me)]
+                source = ("own" if place == self._me else held.kind(move), place)
+                self.mine[source] = self.mine.get(source, 0) + moves.nbytes(move)
 
 
 def _sources(engine: TrainEngine | None, me: Place, whole: bool) -> dict[tuple[Place, str], Tensor]:

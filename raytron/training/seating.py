@@ -16,11 +16,12 @@ import torch
 from raytron.config import ParallelConfig, StepConfig, TrainConfig
 from raytron.models.base import ShardedModel, rank_name
 from raytron.models.registry import family_of
-from raytron.parallel.boxes import volume
+from raytron.parallel.boxes import intersect, volume
 from raytron.parallel.collectives import World
 from raytron.parallel.layout import (
     CoverageError,
     Layout,
+    Move,
     Place,
     fragile,
     only,
@@ -77,6 +78,7 @@ class Holdings:
             arch, seat, parallel=self._parallel, dtype=dtype, device="meta"
         )
         self._names, self._version = {rank_name(r): place for r, place in enumerate(seating.places)}, version
+        self._twins = self._parallel.twins and self._parallel.zero and seating.mesh.dp > 1
 
     def _placed(self, layout: Layout, buffers: Mapping[str, str] | None = None) -> Layout:
         return replace(relabel(layout, self._names, buffers), version=self._version)
@@ -98,6 +100,14 @@ class Holdings:
         owned = self._placed(optimizer_layout(self._model, self._parallel), {"shard": "owned"})
         frozen = self.weights.tensors.keys() - self._model.trained_layout().tensors.keys()
         return union(only(self.weights, frozen), owned) if frozen else owned
+
+    def kind(self, move: Move) -> str:
+        """What the source of a move out of here is: "twin", "replica" or "owner" (see `reshape.SOURCES`)."""
+        if move.at.buffer != "weights" and self._twins:
+            return "twin"
+        layout = self.weights if move.at.buffer == "weights" else self.optimizer
+        same = (piece for piece in layout.pieces[move.name] if intersect(piece.box, move.box) == move.box)
+        return "replica" if sum(len(piece.places) for piece in same) > 1 else "owner"
 
     def shard_at(self, place: Place) -> list[tuple]:
         """What lies where in the optimizer's buffers of one place."""

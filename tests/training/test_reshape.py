@@ -13,7 +13,7 @@ from raytron.parallel.layout import CoverageError
 from raytron.parallel.mesh import Mesh
 from raytron.training import StepResult
 from raytron.training.commit import Finish, Redo
-from raytron.training.reshape import Change
+from raytron.training.reshape import SOURCES, Change
 from raytron.training.seating import Seating, at_risk, config_at, seat
 from raytron.training.twins import twins_that_differ
 from tests.training.crews import POINTS, Crew, Task, all_of, apart, together
@@ -161,6 +161,10 @@ def test_a_run_takes_any_shape_between_steps():
             spare = [crew.name() for _ in range(mesh.size)]
             moved = crew.move(seat(crew.config, crew.arch, crew.seating, frozenset(), mesh, spare))
             assert len({(m.bytes_moved, m.bytes_local) for m in moved}) == 1
+            came = [(kind, count) for m in moved for kind, _, count in m.sources]
+            assert sum(count for kind, count in came if kind == "own") == moved[0].bytes_local
+            assert sum(count for kind, count in came if kind != "own") == moved[0].bytes_moved
+            assert {kind for kind, _ in came} <= SOURCES.keys()
             assert crew.seating.mesh == mesh
         assert_quiet(all_of(crew.run(step_of(arch))), arch)
     crew.leave()
