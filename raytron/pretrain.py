@@ -172,7 +172,8 @@ class Run:
             self._announce()
             refuse_if_too_big(self.memory, self.mesh, self.config)
             config, name, path = self.config, self.config.run.name, self.folder.path
-            with Control(name, path, config.elastic, config.steps, self.say, sizes(config)) as control:
+            told = (config.elastic, config.steps, self.say, sizes(config), not session.owned)
+            with Control(name, path, *told) as control:
                 allowed = config.run.failure_config.max_failures
                 failures = Failures(allowed, control.past.failures, control.failed)
                 once = partial(self._attempt, session, control, failures, stop)
@@ -190,7 +191,6 @@ class Run:
             step, damaged = group.load() if resume else (0, [])
             elastic = self._elastic(group, control, failures, stop)
             self._warn(group)
-            control.started(step)
             while True:
                 try:
                     return self._go_on(elastic, step, damaged, stop)

@@ -132,7 +132,7 @@ class Drill:
         live.ask(find_mailbox(self.name), {"tp": 2, "pp": 1})
 
     def _ranks(self) -> list[dict]:
-        ranks = live.status(find_mailbox(self.name))["ranks"]
+        ranks = live.status(find_mailbox(self.name)).get("ranks", ())  # none before there are any
         self.pids |= {rank["pid"] for rank in ranks}
         return [rank for rank in ranks if rank["rank"] is not None]
 

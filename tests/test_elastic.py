@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from raytron.actors.journal import read_journal
-from raytron.metrics import StepRecord, read_records
+from raytron.metrics import StepRecord, goodput, read_records
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -22,16 +22,19 @@ ROOT = Path(__file__).parent.parent
 
 def drill(folder: Path, name: str, deeds: list[dict], last: int) -> list[StepRecord]:
     """Records of the steps of a run to which all this was done, see benchmarks/_drill.py."""
+    script(folder, name, str(ROOT / "benchmarks" / "_drill.py"), str(folder), name, json.dumps(deeds), str(last))
+    return [r for r in read_records(folder / name / "metrics.jsonl") if isinstance(r, StepRecord)]
+
+
+def script(folder: Path, name: str, *command: str) -> None:
+    """Run a script in a process of its own."""
     log = folder / f"{name}.log"
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
-    script = str(ROOT / "benchmarks" / "_drill.py")
-    command = [sys.executable, script, str(folder), name, json.dumps(deeds), str(last)]
     with log.open("w") as out:
         code = subprocess.run(
-            command, env=env, cwd=folder, stdout=out, stderr=subprocess.STDOUT, timeout=600
+            [sys.executable, *command], env=env, cwd=folder, stdout=out, stderr=subprocess.STDOUT, timeout=600
         ).returncode
     assert code == 0, log.read_text()
-    return [r for r in read_records(folder / name / "metrics.jsonl") if isinstance(r, StepRecord)]
 
 
 def events(folder: Path, name: str, *kinds: str) -> list[dict]:
@@ -52,3 +55,25 @@ def test_losses_are_those_of_the_quiet_run_whatever_happens_to_ranks_and_nodes(t
     # The second driver knew of the wish for another shape.
     assert events(tmp_path, "hurt", "recovered", "resized")[-1]["mesh"] == [1, 1, 1, 2]
     assert any(before < after for before, after in pairwise(sizes))
+    assert page_adds_up(tmp_path / "hurt")
+
+
+def page_adds_up(folder: Path) -> bool:
+    """Whether the run left its page, and a journal in which every byte of a move has a source."""
+    journal = read_journal(folder / "journal.jsonl")
+    for event in journal:
+        if event["event"] in ("recovered", "resized"):
+            came = [source for row in event["sources"] for source in row["from"]]
+            assert sum(count for kind, _, count in came if kind == "own") == event["bytes_local"]
+            assert sum(count for kind, _, count in came if kind != "own") == event["bytes_moved"]
+    account = goodput(journal)
+    assert 0 < account.seconds["useful"] < account.wall_s <= journal[-1]["time"] - journal[0]["time"] + 1e-3
+    return "</html>" in (folder / "status.html").read_text()
+
+
+def test_a_run_grows_on_nodes_it_asked_for_and_gives_back_what_it_does_not_want(tmp_path):
+    script(tmp_path, "scaled", "-m", "tests.autoscaled", str(tmp_path), "scaled")
+    four, two, none = json.loads((tmp_path / "asked.json").read_text())
+    assert (four, two, none) == ([{"CPU": 1.0}] * 4, [{"CPU": 1.0}] * 2, [])
+    assert not events(tmp_path, "scaled", "fault", "failed")
+    assert [math.prod(event["mesh"]) for event in events(tmp_path, "scaled", "resized")] == [4, 2]

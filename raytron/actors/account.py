@@ -45,7 +45,8 @@ class Account:
         return max(0.0, now - self._heard)
 
     def step(self, number: int, seconds: float, now: float, most: float = inf) -> float:
-        """Step `number` is done; what it counts for, at most `most`."""
+        """Step `number` is done; what it counts for, at most `most`. One that was done before counts no more."""
+        self.back_to(number - 1)
         room = self._before + (now - self._began) - self.useful_s
         counted = max(0.0, min(seconds, most, room))
         self.useful_s += counted

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,13 +19,15 @@ import ray
 from ray.exceptions import RayError
 
 from raytron.actors.account import Account
-from raytron.actors.failures import WorkerError
+from raytron.actors.demand import Demand
+from raytron.actors.failures import BrokenError, WorkerError
 from raytron.actors.health import Limits, Watch
 from raytron.actors.journal import JOURNAL, PAGE, Journal, past, read_journal, wish_after
 from raytron.actors.mailbox import open_mailbox
 from raytron.actors.policy import Decision
+from raytron.actors.policy_costs import TELLING
 from raytron.actors.reseating import ElasticGroup
-from raytron.actors.runs import write_json
+from raytron.actors.runs import first_line, write_json
 from raytron.config import ElasticConfig
 from raytron.metrics import status_page
 
@@ -50,6 +53,7 @@ SAID = (
     "no engines",
 )
 PATIENCE_S = 5.0  # with the mailbox
+COSTS = 50  # events to know costs from
 
 
 class Control:
@@ -60,11 +64,13 @@ class Control:
         config: the run's. steps: of the whole run.
         say: takes a line for the user.
         setup: the run's sizes as configured, JSON.
+        autoscaled: whether the cluster may have an autoscaler, which is then asked for what the run wants.
 
     Attributes:
         watch: of the group at hand, see `watching`.
         past: what the drivers before this one left.
         wish: what users have asked for and still stands, see `journal.wish_after`.
+        costs: the last events that tell what recoveries and changes take, those of earlier starts included.
     """
 
     def __init__(
@@ -75,13 +81,16 @@ class Control:
         steps: int,
         say: Callable[[str], None],
         setup: Mapping[str, Any],
+        autoscaled: bool = False,
     ) -> None:
         self._steps, self._say, self._stragglers = steps, say, config.replace_slow
         self._limits = Limits(config.silence_s, config.hang_s, config.hang_factor)
         self._name, self._folder = name, folder
         self._mailbox = open_mailbox(name)  # once there is no other driver of this run
-        self.past = past(read_journal(folder / JOURNAL), setup)
+        before = read_journal(folder / JOURNAL)
+        self.past = past(before, setup)
         self.wish = self.past.wish
+        self.costs = deque((event for event in before if event["event"] in TELLING), COSTS)
         self._journal = Journal(folder / JOURNAL)
         where = {"address": ray.get_runtime_context().gcs_address, "pid": os.getpid()}
         write_json(folder / CLUSTER, where)
@@ -90,8 +99,9 @@ class Control:
         self._answers: dict[int, str] = {}
         self._status: dict[str, Any] = {"run": name, "steps": steps, "step": 0, "pid": os.getpid()}
         self._start_s, self._recoveries, self._visited_s = time.time(), 0, 0.0
-        self._account, self._seats = Account(self._start_s), {}
+        self._account, self._seats, self._demand = Account(self._start_s), {}, Demand(autoscaled)
         self._last: tuple[Any, ...] = ()
+        self._started = False
         self.watch: Watch | None = None
         began = {"run": name, "steps": steps, "setup": dict(setup)}
         self.note("began", **began, what="the driver before this one died" if self.past.interrupted else "")
@@ -102,8 +112,8 @@ class Control:
         with Watch(group, self._limits, lambda event, what: self.note(event, what=what), self.visit) as self.watch:
             try:
                 yield self.watch
-            except (WorkerError, TimeoutError) as error:
-                self.note("failed", what=str(error).partition("\n")[0], **self.unheard())
+            except (WorkerError, TimeoutError, BrokenError) as error:
+                self.note("failed", what=first_line(error), **self.unheard())
                 raise
         self.visit(last=True)
 
@@ -113,17 +123,23 @@ class Control:
         if event != "decided":
             self._last = ()
         known = {"step": self._status["step"], "useful_s": round(self._account.useful_s, 4)}
-        self._journal.note(event, **known | what)
+        entry = self._journal.note(event, **known | what)
+        if event in TELLING:
+            self.costs.append(entry)
         if event in SAID:
             self._say(_line(event, what))
 
     def decided(self, decision: Decision) -> None:
         """Write down what was decided and why, once while it stays the same."""
-        action, mesh = decision.action, decision.mesh
-        kind = type(action).__name__.lower()
+        kind, mesh = decision.kind, decision.mesh
         if (kind, mesh, decision.leave) != self._last:
             self._last = (kind, mesh, decision.leave)
             self.note("decided", action=kind, mesh=_sizes(mesh), leave=list(decision.leave), reason=decision.reason)
+
+    def want(self, together: Sequence[int], each: Mapping[str, float]) -> None:
+        """Ask the autoscaler for room, see `Demand.want`."""
+        if self._demand.want(together, each):
+            self.note("asked", ranks=sum(together))
 
     def begins(self) -> None:
         """Something new is begun: steps, an evaluation, a save."""
@@ -138,10 +154,13 @@ class Control:
         """A group of actors begins at `step`."""
         redone = self._account.back_to(step)
         self._status["step"] = step
+        self._started = True
         self.note("started", redone_s=round(redone, 4))
 
     def stepped(self, record: Any) -> None:
         """A step was done."""
+        if not self._started:  # nobody said that actors are ready
+            self.started(record.step - 1)
         self._account.step(record.step, record.step_time_s, time.time())
         if self.watch is not None:
             self.watch.step(record.step_time_s)
@@ -206,6 +225,7 @@ class Control:
 
     def close(self, why: str = "") -> None:
         """Be reachable no more, and leave the page; `why` says what ended the run, where it was no success."""
+        self._demand.close()
         self.note("ended", why=why)
         status_page(read_journal(self._folder / JOURNAL), self._folder / PAGE, self._name)
         ray.kill(self._mailbox)
@@ -214,7 +234,7 @@ class Control:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self.close("" if error is None else f"{type(error).__name__}: {error}".partition("\n")[0])
+        self.close("" if error is None else f"{type(error).__name__}: {first_line(error)}")
 
     def visit(self, last: bool = False) -> None:
         """Leave status and answers in the mailbox and take requests out, unless that was done a moment ago."""

@@ -45,10 +45,12 @@ from raytron.actors.policy import (
     Stop,
     Unit,
     Wait,
+    asked_for,
     decide,
     refusal,
     spares_to_start,
 )
+from raytron.actors.policy_costs import measured
 from raytron.actors.runs import USER_ERRORS, Failures, first_line
 from raytron.actors.suspects import Suspects
 from raytron.actors.trainer import TrainerGroup
@@ -112,7 +114,7 @@ class Elastic:
         self._suspects, self._disagree = Suspects(), False
         self._looked_s = self._again_s = self._resized_s = self._saved_s = float("-inf")
         self._waiting_since_s: float | None = None
-        self._step, self._failed_at = 0, ("", -1)
+        self._step, self._failed_at, self._begun = 0, ("", -1), False
         if self._requested is not None:
             self._consider(self._requested)
         control.seated(group)
@@ -127,6 +129,9 @@ class Elastic:
             WorkerError: there is no going on in place.
         """
         end = step + count
+        if not self._begun:
+            self._begun = True
+            self._control.started(step)
         while step < end and not stop():
             unheard: list[Any] = []
             try:
@@ -167,7 +172,9 @@ class Elastic:
         self._take_requests()
         if self._newcomers is not None and not self._arrived():
             return False
-        decision = decide(self._state({}, True))
+        state = self._state({}, True)
+        self._ask_for_room(state)
+        decision = decide(state)
         if isinstance(decision.action, Continue):
             self._keep_spares()
             return False
@@ -209,7 +216,8 @@ class Elastic:
         newcomers, self._newcomers = self._newcomers, None
         try:
             self.group.spares += (arrived := newcomers.result())
-            self._control.note("newcomers", places=[member.name for member in arrived])
+            names = [member.name for member in arrived]
+            self._control.note("newcomers", places=names, start_s=round(self.group.recruiting_s, 4))
             self._control.seated(self.group)
         except (CapacityError, *FAULTS) as error:
             self._again_s = time.monotonic() + AGAIN_S
@@ -309,7 +317,9 @@ class Elastic:
         """What to do about the loss, once there are all whom it needs."""
         while True:
             self._arrived()  # who was on the way already holds seats that nobody else can have
-            decision = decide(self._state(left.lost, left.covered))
+            state = self._state(left.lost, left.covered)
+            self._ask_for_room(state)
+            decision = decide(state)
             self._control.decided(decision)
             if isinstance(decision.action, Stop):
                 raise error
@@ -346,6 +356,9 @@ class Elastic:
             return "node"
         return "hung" if how == HUNG or place in self._control.watch.hung else "died"
 
+    def _ask_for_room(self, state: ClusterState) -> None:
+        self._control.want(asked_for(state), self.group.each)
+
     # What is known
 
     def _state(self, lost: Mapping[str, str], covered: bool) -> ClusterState:
@@ -375,7 +388,7 @@ class Elastic:
             resized_s=self._resized_s,
             saved_s=self._saved_s,
             left_s=self._control.left_s(self._step),
-            rules=self._rules,
+            rules=measured(self._rules, self._control.costs),
         )
 
     def _free(self, lost: Mapping[str, str]) -> dict[str, int]:
@@ -401,8 +414,8 @@ class Elastic:
         if mesh != self._mesh:
             self._mesh, self._resized_s = mesh, time.time()
         took = {} if known_s is None else {"recovery_s": round(time.time() - known_s, 4)}
-        sizes = [mesh.dp, mesh.pp, mesh.cp, mesh.tp]
-        self._control.note(event, mesh=sizes, generation=self.group.generation, **took, **more, **spent.told())
+        what = {"action": decision.kind, "mesh": [mesh.dp, mesh.pp, mesh.cp, mesh.tp]}
+        self._control.note(event, **what, generation=self.group.generation, **took, **more, **spent.told())
         self._control.seated(self.group)
 
 

@@ -27,6 +27,7 @@ from dataclasses import replace
 from raytron.actors.capacity import flaky, supply, units_that_fit
 from raytron.actors.policy_plans import (
     Plan,
+    asked_for,
     cheapest,
     crosses,
     largest,
@@ -83,6 +84,7 @@ __all__ = [
     "Stop",
     "Unit",
     "Wait",
+    "asked_for",
     "decide",
     "refusal",
     "spares_to_start",

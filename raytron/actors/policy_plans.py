@@ -17,6 +17,7 @@ from raytron.parallel.mesh import Mesh
 
 __all__ = [
     "Plan",
+    "asked_for",
     "cheapest",
     "crosses",
     "largest",
@@ -44,7 +45,7 @@ class Plan:
 
 
 def wanted(state: ClusterState) -> Mesh:
-    """The mesh the run would have if there were room: what to ask an autoscaler for, besides `rules.spares` ranks.
+    """The mesh the run would have if there were room.
 
     The size is what the user asked for last, else the most that the bounds allow; the shape likewise, else the
     preferred one.
@@ -53,6 +54,17 @@ def wanted(state: ClusterState) -> Mesh:
     if request and request.num_workers is not None:
         most = request.num_workers
     return largest(state, unit, most // unit.size) or state.mesh
+
+
+def asked_for(state: ClusterState) -> tuple[int, ...]:
+    """What to ask an autoscaler for: ranks that need a node together, of everything the run wants in all, what it has
+    included. A tensor-parallel group each (a rank each where groups cross nodes already), then a spare each.
+
+    Ray's requests are of totals too: what is asked for is kept, even while it is idle, and what is not may go.
+    """
+    mesh = wanted(state)
+    together = 1 if crosses(state) else mesh.tp
+    return (together,) * (mesh.size // together) + (1,) * state.rules.spares
 
 
 def refusal(state: ClusterState, request: Request) -> str | None:

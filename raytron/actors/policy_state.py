@@ -116,7 +116,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Rules:
-    """What the decisions weigh. Costs are estimates; the controller may replace them by what it has measured.
+    """What the decisions weigh. Costs are guesses, until some are measured (policy_costs.py).
 
     Raises:
         ValueError: a number that makes no sense, with its name.
@@ -321,3 +321,8 @@ class Decision:
     end: tuple[str, ...] = ()
     leave: tuple[str, ...] = ()
     avoid: frozenset[str] = frozenset()
+
+    @property
+    def kind(self) -> str:
+        """The action's name: "replace", "shrink", "wait", ..."""
+        return type(self.action).__name__.lower()

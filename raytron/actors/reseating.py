@@ -18,6 +18,7 @@ the transit world, in the order of `reseat`'s arguments.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,10 +43,12 @@ class ElasticGroup(ActorGroup):
 
     Attributes:
         spares: members that stand by, started and connected to nothing.
+        recruiting_s: what the members recruited last took to start, seats included.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.spares: list[Member] = []
+        self.recruiting_s = 0.0
         self._vacant: list[Chair] = []
         self._lock = threading.Lock()  # of the vacant chairs
         self._recruiting = ThreadPoolExecutor(1, thread_name_prefix="recruiting")
@@ -155,6 +158,7 @@ class ElasticGroup(ActorGroup):
         wait_s: float,
         avoid: Collection[str],
     ) -> list[Member]:
+        start = time.perf_counter()
         with self._returning(chairs):
             if more:
                 chairs += self._take(more, unit, wait_s, avoid)
@@ -164,6 +168,7 @@ class ElasticGroup(ActorGroup):
                     self._tell(new, "stand_by", lambda _: (engine,), aside=True).results(self._start_s)
                 if self._closed:
                     raise RuntimeError("the group was shut down meanwhile")
+            self.recruiting_s = time.perf_counter() - start
             return new
 
     def _take(self, count: int, unit: Mesh, wait_s: float, avoid: Collection[str]) -> list[Chair]:

@@ -261,11 +261,12 @@ class _Books:
         """What was going on went on until then."""
         if self._doing == "useful":
             length, worth = max(0.0, time - self._at), _number(event, "useful_s") - self._useful
+            self._redone += max(0.0, -worth)  # steps were done again without a word
             if length > 0:
                 share = min(1.0, max(0.0, worth) / length)
                 self.stretches.append(Stretch(self._at, time, "useful", share, self._number))
                 self._at = time
-            self._useful = max(self._useful, _number(event, "useful_s"))
+            self._useful = _number(event, "useful_s")
         elif self._doing == "mend":
             self._to("wait" if self._waited else "decide", time)
         else:

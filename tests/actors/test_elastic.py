@@ -22,6 +22,7 @@ def test_what_the_watch_noticed_between_two_calls_is_a_fault_like_any_other(grou
     group.abandon("rank 1 hangs")  # as the watch does, in its own thread
     elastic, faults = object.__new__(Elastic), []
     elastic.group = SimpleNamespace(evaluate=lambda: group.call("where_am_i"))
+    elastic._control = SimpleNamespace(begins=lambda: None)
 
     def recover(error: WorkerError) -> None:
         faults.append(error)
@@ -47,11 +48,12 @@ def test_actors_that_died_went_with_their_node_once_that_is_gone(group: ActorGro
 
 def test_newcomers_on_their_way_end_the_waiting_for_seats_that_only_they_have(monkeypatch):
     elastic, notes = object.__new__(Elastic), []
-    elastic.group = SimpleNamespace(spares=[])
+    elastic.group = SimpleNamespace(spares=[], recruiting_s=1.0)
     elastic._control = SimpleNamespace(decided=notes.append, note=lambda *a, **k: None, seated=lambda group: None)
     elastic._mover = SimpleNamespace(missing=lambda decision: 1)
     elastic._stop, elastic._waiting_since_s, elastic._newcomers = threading.Event(), None, Future()
     elastic._state = lambda lost, covered: len(elastic.group.spares)
+    elastic._ask_for_room = lambda state: None
 
     def decide(spares: int) -> Decision:
         if not spares:  # they arrive meanwhile

@@ -30,11 +30,13 @@ from raytron.actors.policy import (
     Stop,
     Unit,
     Wait,
+    asked_for,
     decide,
     refusal,
     spares_to_start,
     wanted,
 )
+from raytron.actors.policy_costs import measured
 from raytron.actors.simulation import SimulatedCluster
 from raytron.parallel.mesh import Mesh
 from tests.test_import_order import ROOT, imported
@@ -188,6 +190,34 @@ def test_draining_nodes_are_left_while_there_is_room(cluster: SimulatedCluster, 
     else:
         cluster.lose_node(node)
         assert not cluster.lost
+
+
+@settings(max_examples=60, deadline=None)
+@given(clusters(), st.data())
+def test_what_is_asked_of_an_autoscaler_is_what_is_wanted_and_suffices(cluster: SimulatedCluster, data):
+    for event in data.draw(st.lists(EVENTS, max_size=3)):
+        if isinstance(settle(cluster, **happen(cluster, event, data.draw))[-1].action, Wait | Stop):
+            return
+    seen = cluster.state()
+    target, asked = wanted(seen), asked_for(seen)
+    assert sum(asked) == target.size + seen.rules.spares
+    assert set(asked) <= {1, target.tp}
+    assert seen.bounds[0] <= target.size <= seen.bounds[1]
+    for at, ranks in enumerate(asked):  # whatever else is there, an autoscaler adds all of it
+        cluster.capacity[f"asked-{at}"] = ranks
+    for _ in range(4):
+        cluster.now_s += RULES.hold_s + 1
+        settle(cluster)
+    assert cluster.mesh == target
+    assert asked_for(cluster.state()) == asked  # it goes on asking, or its nodes would be taken away
+
+
+@pytest.mark.parametrize("request_", [Request(num_workers=2, at_s=999.0), None])
+def test_less_is_asked_for_once_less_is_wanted(request_):
+    one = state(Mesh(dp=4, tp=2), per_node=2, bounds=(2, 12), requested=request_)
+    assert asked_for(one) == (2,) * (1 if request_ else 6)
+    assert asked_for(replace(one, lost=lost(0, 1), waiting_since_s=990.0)) == asked_for(one)
+    assert asked_for(replace(one, rules=Rules(spares=1)))[-1] == 1
 
 
 # ------------------------------------------------------------------------------------------------------ single rules
@@ -434,9 +464,53 @@ def test_a_state_that_does_not_fit_its_mesh_is_refused():
 
 def test_what_decides_imports_nothing_but_itself_and_the_standard_library():
     """So no process, clock or tensor can come between a recorded state and its decision."""
-    actors = ("policy", "policy_state", "policy_plans", "capacity", "simulation")
+    actors = ("policy", "policy_state", "policy_plans", "policy_costs", "capacity", "simulation", "account")
     pure = {*(f"raytron.actors.{name}" for name in actors), "raytron.parallel.mesh"}
     for module in pure:
         tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
         outside = {name for name, _ in imported(tree, module.rpartition(".")[0])} - pure
         assert {name.split(".")[0] for name in outside} <= sys.stdlib_module_names, (module, outside)
+
+
+# ------------------------------------------------------------------------------------------------------ measured costs
+
+
+EVENT = st.one_of(
+    st.builds(lambda s: {"event": "newcomers", "places": [], "start_s": s}, st.floats(0, 1000)),
+    st.builds(
+        lambda event, action, move, rest: {"event": event, "action": action, "move_s": move, "adopt_s": rest},
+        st.sampled_from(["recovered", "resized", "rewound"]),
+        st.sampled_from(["replace", "shrink", "grow"]),
+        st.floats(0, 1000),
+        st.floats(0, 10),
+    ),
+    st.just({"event": "newcomers", "places": []}),  # of an older journal
+)
+
+
+@given(st.lists(EVENT, max_size=30))
+def test_measured_costs_replace_guesses_and_only_those(events):
+    found, guesses = measured(RULES, events), Rules()
+    known = {event["event"]: event for event in events}
+    assert replace(found, spare_s=guesses.spare_s, move_s=guesses.move_s, cold_s=guesses.cold_s) == guesses
+    took = [e["move_s"] + e["adopt_s"] for e in events if e["event"] == "recovered" and e["action"] == "replace"]
+    assert found.spare_s == guesses.spare_s if not took else min(took[-5:]) <= found.spare_s <= max(took[-5:])
+    starts = [event["start_s"] for event in events if "start_s" in event]
+    low, high = (min(starts[-5:]), max(starts[-5:])) if starts else (guesses.cold_s - found.spare_s,) * 2
+    assert low - 1e-9 <= found.cold_s - found.spare_s <= high + 1e-9
+    if not known.keys() & {"recovered", "resized"}:
+        assert found.move_s == guesses.move_s
+
+
+def test_one_slow_start_changes_nothing_and_several_do():
+    quick, slow = {"event": "newcomers", "start_s": 2.0}, {"event": "newcomers", "start_s": 300.0}
+    assert measured(RULES, [quick] * 4 + [slow]).cold_s == 2.0 + RULES.spare_s
+    assert measured(RULES, [quick] * 9 + [slow] * 3).cold_s == 300.0 + RULES.spare_s
+
+
+def test_decisions_follow_what_is_measured():
+    """Four ranks wait for a cold start of seconds, and go on with three where it takes minutes."""
+    one = state(Mesh(dp=4), lost=lost(1))
+    assert isinstance(decide(one).action, Replace)
+    taught = measured(RULES, [{"event": "newcomers", "start_s": 300.0}] * 3)
+    assert isinstance(decide(replace(one, rules=taught)).action, Shrink)
