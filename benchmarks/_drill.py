@@ -244,6 +244,11 @@ class Site:
             raise
 
     @property
+    def head(self) -> str:
+        """Id of the node without seats."""
+        return self._cluster.head_node.node_id
+
+    @property
     def nodes(self) -> list[str]:
         """Ids of the nodes that have seats and are not to leave."""
         return sorted(n.node_id for n in self._cluster.worker_nodes if n.node_id not in self.leaving)

@@ -1,4 +1,4 @@
-"""A pretraining run on a cluster with an autoscaler; a script, as drill.py is, whose run and ways it shares.
+"""A pretraining run on a cluster with an autoscaler; a script, since a process has one Ray.
 
     python -m tests.autoscaled FOLDER NAME
 
@@ -10,47 +10,24 @@ FOLDER/asked.json then says what Ray's request was with four ranks, with two, an
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import ray
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
-from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _internal_kv_get
 
-from raytron import pretrain
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from _drill import CPUS, LEAST, LOOK_S, PATIENCE_S, RANKS, Driven, Site
+
+from raytron.actors import live
+from raytron.actors.mailbox import find_mailbox
 from raytron.actors.members import living_nodes
 from raytron.actors.runs import write_json
-from raytron.actors.session import LOCAL
-from tests.drill import CPUS, Drill, config
-
-
-class Autoscaled(Drill):
-    """Waits for what the autoscaler does."""
-
-    def run(self) -> None:
-        try:
-            self.seen = self.follow()
-        except Exception as error:
-            self.error = error
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def follow(self) -> list:
-        self._until(lambda: self._step() >= 3 and len(self._ranks()) == 4)
-        with_four = requested()
-        self.scale_down()
-        self._until(lambda: len(living_nodes()) == 2)  # the head, and a node with two ranks
-        step = self._step()
-        self._until(lambda: self._step() >= step + 3)
-        assert len(self._ranks()) == 2
-        return [with_four, requested()]
 
 
 def requested() -> list:
@@ -58,32 +35,53 @@ def requested() -> list:
     return json.loads(_internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) or "null")
 
 
+def ranks(name: str) -> int:
+    """How many the run has now; spares and leavers do not count."""
+    return sum(rank["rank"] is not None for rank in live.status(find_mailbox(name))["ranks"])
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for it."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the run, or the autoscaler, does not get on")
+        time.sleep(LOOK_S)
+
+
+def follow(driven: Driven) -> list:
+    """Wait for what the autoscaler does; what it was asked for."""
+    until(lambda: driven.step() >= 3 and ranks(driven.name) == RANKS)
+    asked = [requested()]
+    live.ask(find_mailbox(driven.name), {"num_workers": LEAST})
+    until(lambda: len(living_nodes()) == 2)  # the head, and a node with two ranks
+    asked.append(requested())
+    step = driven.step()
+    until(lambda: driven.step() >= step + 3)
+    assert ranks(driven.name) == LEAST
+    driven.stop()
+    return [*asked, requested()]
+
+
 def main(folder: Path, name: str) -> None:
     """The run, and what becomes of it."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    root = tempfile.mkdtemp(prefix="rt-", dir="/tmp")  # pytest's own folders are too deep for sockets
-    head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": root, "_system_config": LOCAL}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    drill = Autoscaled(cluster, folder, name, [], 0)
-    command = [sys.executable, "-m", "tests.autoscaler", cluster.address, cluster.head_node.node_id, str(CPUS), "2"]
-    autoscaler = subprocess.Popen(command)
-    try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        drill._until(lambda: ray.cluster_resources().get("CPU", 0) == CPUS)
-        threading.Thread(target=drill.run, daemon=True).start()
-        pretrain.run(config(folder, name))
-        if drill.error is not None:
-            raise drill.error
-        write_json(folder / "asked.json", [*drill.seen, requested()])
-    finally:
-        ray.shutdown()
-        autoscaler.terminate()
-        ended = autoscaler.wait()
-        cluster.shutdown()
-        shutil.rmtree(root, ignore_errors=True)
+    with Site(nodes=0) as site:
+        command = [sys.executable, "-m", "tests.autoscaler", site.address, site.head, str(CPUS), "2"]
+        autoscaler = subprocess.Popen(command)
+        try:
+            until(lambda: ray.cluster_resources().get("CPU", 0) == CPUS)
+            driven = Driven(site, folder, name, {"pace_s": 0.02})
+            try:
+                write_json(folder / "asked.json", follow(driven))
+            except BaseException:
+                print(driven.said(), file=sys.stderr)
+                raise
+            finally:
+                driven.end()
+        finally:
+            autoscaler.terminate()
+            ended = autoscaler.wait()
     assert ended == 0, "the autoscaler may have left nodes over"
-    if left := drill.left_over():
-        raise RuntimeError(f"processes {left} are left over")
 
 
 if __name__ == "__main__":
