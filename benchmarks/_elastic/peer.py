@@ -32,7 +32,6 @@ TUNED = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",  # 30
-    "THP_MEM_ALLOC_ENABLE": "1",  # large pages, as our workers have them
 }
 MONITOR_S = 1.0  # 60: how often it looks for nodes that came
 

@@ -35,9 +35,6 @@ from raytron.parallel.mesh import Mesh
 
 __all__ = ["Progress", "Where", "Worker", "cores"]
 
-# Torch looks at it before its first large tensor: fresh ones then cost a seventh (6 ms for 100 MB), which a rank pays
-# for all its buffers when the mesh changes, and for some in each step.
-LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 SLICE_S = 0.2  # how often a rendezvous is asked whether anybody still wants it
 
 
@@ -115,7 +112,6 @@ class Worker:
         threads = threads or max(1, cores() // ranks_here)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for children; libgomp has read it here already
         torch.set_num_threads(threads)
-        os.environ.setdefault(LARGE_PAGES, "1")
         if visible:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
         os.environ.update(env)
