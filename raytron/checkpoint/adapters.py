@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 
-from raytron.checkpoint.agreement import gather
 from raytron.checkpoint.huggingface import save_files, to_json
 from raytron.checkpoint.reading import Files, tensor_files
 from raytron.checkpoint.storage import Storage
@@ -18,6 +17,7 @@ from raytron.models.base import ShardedModel
 from raytron.parallel.checksum import checksums, combine, fold
 from raytron.parallel.collectives import Axis
 from raytron.parallel.layout import only, owners, rename
+from raytron.parallel.messages import gather
 
 __all__ = ["FROZEN", "adapter_files", "describe_adapter", "export_adapter", "frozen_checksum", "save_adapter"]
 

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import torch
 
-from raytron.checkpoint.agreement import gather, share
 from raytron.checkpoint.reading import by_path, copies, read, weight_files
 from raytron.checkpoint.storage import LocalStorage, Storage
 from raytron.checkpoint.writing import Export, Written, export, write_export, write_files
@@ -28,6 +27,7 @@ from raytron.models.layers.lora import is_adapter
 from raytron.models.registry import family_of
 from raytron.parallel.collectives import Axis
 from raytron.parallel.layout import Layout, Place, Plan, only
+from raytron.parallel.messages import gather, share
 from raytron.parallel.storage import Buffers
 from raytron.parallel.transport import Distributed
 

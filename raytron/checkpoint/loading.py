@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytron.checkpoint.adapters import FROZEN, adapter_files, frozen_checksum
-from raytron.checkpoint.agreement import gather, share
 from raytron.checkpoint.digest import Entry
 from raytron.checkpoint.manifest import Manifest, complete
 from raytron.checkpoint.reading import Copy, by_path, copies, read, weight_files
@@ -25,6 +24,7 @@ from raytron.models.adapters import CONFIG, to_peft
 from raytron.models.base import ShardedModel
 from raytron.parallel.collectives import Axis
 from raytron.parallel.layout import only, plan
+from raytron.parallel.messages import gather, share
 
 __all__ = ["Loaded", "load_checkpoint"]
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from raytron.checkpoint.agreement import gather, share
 from raytron.checkpoint.digest import Entry
 from raytron.checkpoint.huggingface import Tokenizer, try_describe, write_model
 from raytron.checkpoint.manifest import MANIFEST, Manifest, complete, leftovers, step_name, temporary_name
@@ -27,6 +26,7 @@ from raytron.checkpoint.storage import Storage
 from raytron.checkpoint.writing import Export
 from raytron.parallel.collectives import Axis
 from raytron.parallel.layout import Layout, Place
+from raytron.parallel.messages import gather, share
 
 __all__ = ["LATEST", "Job", "Plans", "Saved", "save_checkpoint"]
 

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from raytron.checkpoint.agreement import gather
 from raytron.models.base import ALIGN, rank_name
 from raytron.parallel.checksum import checksum
 from raytron.parallel.data import twin_position
 from raytron.parallel.layout import only
 from raytron.parallel.mesh import Mesh
+from raytron.parallel.messages import gather
 from raytron.parallel.storage import view
 from raytron.training.guard import ReplicasDisagree, Verdict
 

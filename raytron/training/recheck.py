@@ -33,13 +33,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from raytron.checkpoint.agreement import gather
 from raytron.data.loader import MicroBatch
 from raytron.models.base import ALIGN
 from raytron.parallel.checksum import checksum
 from raytron.parallel.collectives import Axis
 from raytron.parallel.data import twin_position
 from raytron.parallel.mesh import Mesh
+from raytron.parallel.messages import gather
 from raytron.training.agreement import reconcile
 from raytron.training.commit import Vote
 from raytron.training.guard import Verdict, square_sum

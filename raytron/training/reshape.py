@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytron.checkpoint.agreement import gather
 from raytron.config import StepConfig
 from raytron.models.base import ShardedModel
 from raytron.models.loading import build
 from raytron.parallel.collectives import World
 from raytron.parallel.layout import Place, Plan, plan, without
+from raytron.parallel.messages import gather
 from raytron.parallel.transport import Distributed, run
 from raytron.training.commit import Resolution, Standing
 from raytron.training.engine import DTYPES, TrainEngine

@@ -15,7 +15,14 @@ import pytest
 from raytron import rl
 from raytron.actors import Session, placement
 from raytron.actors.placement import Node
-from raytron.config import CheckpointConfig, EngineConfig, FailureConfig, RunConfig, ScalingConfig
+from raytron.config import (
+    CheckpointConfig,
+    EngineConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    ScheduleConfig,
+)
 from raytron.metrics import read_timeline
 from raytron.rl import driver, scorers
 from raytron.rl.buffer import Journal
@@ -30,7 +37,9 @@ from tests.inference.classifiers import random_classifier, scores_of
 
 def config(tmp_path: Path, name: str, steps: int, interval: int = 0, **more) -> RLConfig:
     run = RunConfig(name=name, storage_path=str(tmp_path), checkpoint_config=CheckpointConfig(interval=interval))
-    return replace(recipe, run=run, steps=steps, logging=replace(recipe.logging, tensorboard=False), **more)
+    schedule = ScheduleConfig(kind="constant")  # the same for any number of steps
+    logging = replace(recipe.logging, tensorboard=False)
+    return replace(recipe, run=run, steps=steps, schedule=schedule, logging=logging, **more)
 
 
 def steps(folder: Path) -> list[dict]:

@@ -1,7 +1,7 @@
-"""Small control messages between the ranks that save or load a checkpoint.
+"""Small control messages between ranks: plain JSON, never pickles, over any axis.
 
-Values are plain JSON (never pickles) over an axis of its own, so that a saving thread cannot interleave with the
-training thread's collectives.
+Whoever has a thread of its own, such as a checkpoint being saved, takes an axis of its own: its messages must not come
+between the training thread's collectives.
 """
 
 from __future__ import annotations
