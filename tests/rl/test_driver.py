@@ -37,9 +37,8 @@ from tests.inference.classifiers import random_classifier, scores_of
 
 def config(tmp_path: Path, name: str, steps: int, interval: int = 0, **more) -> RLConfig:
     run = RunConfig(name=name, storage_path=str(tmp_path), checkpoint_config=CheckpointConfig(interval=interval))
-    schedule = ScheduleConfig(kind="constant")  # the same for any number of steps
-    logging = replace(recipe.logging, tensorboard=False)
-    return replace(recipe, run=run, steps=steps, schedule=schedule, logging=logging, **more)
+    more = {"schedule": ScheduleConfig(kind="constant"), **more}  # the same for any number of steps
+    return replace(recipe, run=run, steps=steps, logging=replace(recipe.logging, tensorboard=False), **more)
 
 
 def steps(folder: Path) -> list[dict]:
@@ -149,7 +148,7 @@ def test_whoever_dies_while_taking_turns_is_replaced_and_no_bit_is_lost(cluster,
 
 @pytest.mark.slow
 def test_a_run_learns(cluster: Session, tmp_path: Path):
-    result = rl.run(config(tmp_path, "learns", 60))
+    result = rl.run(config(tmp_path, "learns", 60, schedule=recipe.schedule))
     assert result.metrics["eval/reward"] == 1.0
     assert np.mean([r["extra"]["rollout/reward_mean"] for r in steps(tmp_path / "learns")][-10:]) > 0.95
 
@@ -157,7 +156,7 @@ def test_a_run_learns(cluster: Session, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_an_asynchronous_run_learns_and_keeps_to_its_bound(cluster: Session, tmp_path: Path, staleness: int):
-    result = rl.run(config(tmp_path, "late", 60, max_staleness=staleness))
+    result = rl.run(config(tmp_path, "late", 60, max_staleness=staleness, schedule=recipe.schedule))
     assert result.metrics["eval/reward"] > 0.6  # it depends on the clock how old the answers are
     seen = [r["extra"]["rollout/staleness_max"] for r in steps(tmp_path / "late")]
     assert max(seen) <= staleness
