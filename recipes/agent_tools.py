@@ -18,8 +18,8 @@ config = RLConfig(
     prompts=16,
     group_size=32,
     steps=100,
-    optimizer=OptimizerConfig(lr=2e-3, min_lr=0.0, beta2=0.999, weight_decay=0.0),
-    schedule=ScheduleConfig(kind="linear"),
+    optimizer=OptimizerConfig(lr=2e-3, min_lr=0.0, weight_decay=0.0),
+    schedule=ScheduleConfig(kind="constant"),
     evaluation=RLEvalConfig(interval=25),
     run=RunConfig(name="agent"),
 )

@@ -15,9 +15,9 @@ config = RLConfig(
     prompts=32,
     group_size=16,
     steps=150,
-    optimizer=OptimizerConfig(lr=2e-3, min_lr=0.0, beta2=0.999, weight_decay=0.0),
-    critic=OptimizerConfig(lr=3e-3, min_lr=0.0, beta2=0.999, weight_decay=0.0),
-    schedule=ScheduleConfig(kind="linear"),
+    optimizer=OptimizerConfig(lr=2e-3, min_lr=0.0, weight_decay=0.0),
+    critic=OptimizerConfig(lr=3e-3, min_lr=0.0, weight_decay=0.0),
+    schedule=ScheduleConfig(kind="constant"),
     evaluation=RLEvalConfig(interval=50),
     run=RunConfig(name="ppo"),
 )
