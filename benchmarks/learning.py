@@ -63,7 +63,7 @@ def config_of(case: Case, seed: int, steps: int | None, storage: str) -> Any:
     config = __import__(f"recipes.{case.recipe}", fromlist=["config"]).config
     changes = dict(case.changes)
     if case.algorithm is not None:
-        changes["algorithm"] = AlgorithmConfig(name=case.algorithm, entropy_coefficient=0.01)
+        changes["algorithm"] = AlgorithmConfig(name=case.algorithm, entropy_coefficient=config.algorithm.entropy_coefficient)
     if case.engine:
         changes["rollout"] = replace(config.rollout, engine=replace(config.rollout.engine, **case.engine))
     if case.heads is not None:
@@ -83,7 +83,8 @@ def learn(case: Case, seed: int, steps: int | None, storage: str) -> dict[str, A
     with redirect_stdout(sys.stderr):
         result = rl.run(config_of(case, seed, steps, storage))
     lines = map(json.loads, (Path(result.path) / "metrics.jsonl").read_text().splitlines())
-    rewards = [line["extra"]["rollout/reward_mean"] for line in lines if line["kind"] == "train"]
+    # Of all that was sampled: dynamic sampling trains on no group that is solved.
+    rewards = [line["extra"]["rollout/reward_sampled_mean"] for line in lines if line["kind"] == "train"]
     return {
         "rewards": rewards,
         "last": sum(rewards[-LAST:]) / len(rewards[-LAST:]),

@@ -61,6 +61,7 @@ class Buffer:
         self._kept: list[int] = []  # sorted, as is `_started`
         self._started: list[int] = []
         self._rejected: set[int] = set()
+        self._passed_over: dict[int, Group] = {}  # rejected ones that no batch has gone past yet
         self._end = 0  # one past the last group that is or has been under way
 
     @property
@@ -105,6 +106,7 @@ class Buffer:
             self._groups[index] = group
             return True
         self._rejected.add(index)
+        self._passed_over[index] = group
         return False
 
     def _is_kept(self, index: int) -> bool:
@@ -118,6 +120,11 @@ class Buffer:
             return None
         undecided = mine[-1] + 1 - (self.version + 1) * self.size - sum(i < mine[-1] for i in self._rejected)
         return None if undecided else [self._groups[index] for index in mine]
+
+    def passed_over(self) -> list[Group]:
+        """Groups that were not kept and lie before the last of `batch()`, behind that of the batch before, in order."""
+        last = self._kept[(self.version + 1) * self.size - 1]
+        return [self._passed_over[index] for index in sorted(self._passed_over) if index < last]
 
     def trained(self) -> None:
         """Batch `version` has been trained on: the weights are one version further, its groups are let go."""
@@ -137,6 +144,8 @@ class Buffer:
             )
         for index in taken:
             self._groups.pop(index, None)
+        last = taken[-1] if taken else -1
+        self._passed_over = {index: group for index, group in self._passed_over.items() if index > last}
 
 
 class Journal:

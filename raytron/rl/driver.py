@@ -215,6 +215,7 @@ class _Run:
                 groups = await rollouts.next_batch(stop.is_set)
             if groups is None:
                 break
+            passed_over = buffer.passed_over()
             more = {"rejected": buffer.rejected, "excluded_total": rollouts.excluded, "ahead": len(buffer.started)}
             async with trainers_turn(config.rollout, trainers, engines):
                 with phases("score"):
@@ -229,7 +230,8 @@ class _Run:
             buffer.trained()  # not before: what starts during the push may still be answered by the old weights
             rollouts.launch()
             more["sync_bytes"] = report.nbytes
-            self._note(writer, step_record(buffer.version, groups, batch, metrics, phases, more), groups)
+            record = step_record(buffer.version, groups, batch, metrics, phases, more, passed_over)
+            self._note(writer, record, groups)
             await self._milestone(trainers, engines, writer, buffer.version)
         if not stop.is_set() and (self.evaluated is None or self.evaluated.step < buffer.version):
             await self._evaluate(engines, writer, buffer.version)

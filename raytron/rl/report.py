@@ -60,17 +60,19 @@ def step_record(
     metrics: Mapping[str, float],
     phases: Phases,
     more: Mapping[str, float],
+    passed_over: Sequence[Group] = (),
 ) -> StepRecord:
     """One RL step.
 
     Args:
-        step: RL steps trained, this one included. groups, batch: what it was trained on.
+        step: RL steps trained, this one included. groups, batch: what it was trained on. passed_over: groups before
+            the last of those that were not worth it.
         metrics: the trainer's (`Trainers.train`). more: further numbers by name, "rejected" and the like.
     """
     metrics, seconds = dict(metrics), phases.total
     rho, squared = metrics.pop("rho"), metrics.pop("rho_squared")
     own = ("loss", "grad_norm", "learning_rate", "consumed_samples", "consumed_tokens", "skipped", "train_s")
-    extra = {f"rollout/{name}": value for name, value in statistics(groups, batch, step - 1).items()}
+    extra = {f"rollout/{name}": value for name, value in statistics(groups, batch, step - 1, passed_over).items()}
     extra |= {f"rollout/{name}": float(value) for name, value in more.items()}
     extra |= {name if "/" in name else f"policy/{name}": v for name, v in metrics.items() if name not in own}
     extra["policy/effective_share"] = effective_share(rho, squared)

@@ -52,8 +52,13 @@ def effective_share(rho_mean: float, rho_squared_mean: float) -> float:
     return rho_mean**2 / rho_squared_mean if rho_squared_mean > 0 else 0.0
 
 
-def statistics(groups: Sequence[Group], batch: Batch, version: int) -> dict[str, float]:
+def statistics(
+    groups: Sequence[Group], batch: Batch, version: int, passed_over: Sequence[Group] = ()
+) -> dict[str, float]:
     """Of one step's groups and the batch made of them; `version` is that of the weights about to be trained.
+
+    reward_mean is of what is trained on, reward_sampled_mean of the groups `passed_over` too (`Buffer.passed_over`):
+    how good the policy is where solved prompts are left out (dynamic sampling).
 
     Lengths count chosen tokens. excluded: trajectories that failed or could not be judged. staleness: `version` less
     that of a trajectory's oldest token. explained_variance: the critic's, where the batch has "values" and "returns".
@@ -61,6 +66,7 @@ def statistics(groups: Sequence[Group], batch: Batch, version: int) -> dict[str,
     lengths_N, staleness_N = batch.response_lengths, version - _oldest(batch)
     return {
         "reward_mean": float(batch.rewards.mean()),
+        "reward_sampled_mean": float(np.concatenate([group.rewards for group in (*groups, *passed_over)]).mean()),
         "reward_std": float(batch.rewards.std()),
         "reward_min": float(batch.rewards.min()),
         "reward_max": float(batch.rewards.max()),

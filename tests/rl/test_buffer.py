@@ -41,6 +41,7 @@ def test_every_batch_is_the_next_kept_groups_in_order_and_none_is_too_old(size, 
     buffer = Buffer(size, steps, staleness, keep)
     begun: dict[int, int] = {}
     trained: list[int] = []
+    passed: list[int] = []
     while buffer.version < steps:
         for index in buffer.admit():
             assert index not in begun
@@ -54,9 +55,11 @@ def test_every_batch_is_the_next_kept_groups_in_order_and_none_is_too_old(size, 
         for g in batch:
             assert buffer.version - begun[g.index] <= staleness
         trained += [g.index for g in batch]
+        passed += [g.index for g in buffer.passed_over()]
         buffer.trained()
     decided = [i for i in sorted(kept_of) if kept_of[i]]
     assert trained == decided[: size * steps]
+    assert passed == [i for i in range(trained[-1]) if not kept_of[i]], "each once, with the batch that left it behind"
     assert staleness or not buffer.started
 
 

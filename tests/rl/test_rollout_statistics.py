@@ -50,10 +50,12 @@ def test_by_hand():
         Group(4, (trajectory("###", 0.5, versions=7), trajectory("#", None))),
         Group(5, (trajectory("#", 2.0, versions=7), trajectory("#", 2.0, versions=7))),
     ]
-    found = statistics(groups, Batch.of(groups), version=7)
+    passed_over = [Group(1, (trajectory("#", 0.1),) * 3), Group(2, (trajectory("#", None),))]
+    found = statistics(groups, Batch.of(groups), 7, passed_over)
     assert found == pytest.approx(
         {
             "reward_mean": 1.1,
+            "reward_sampled_mean": (5 * 1.1 + 3 * 0.1) / 8,
             "reward_std": 0.8,
             "reward_min": 0.0,
             "reward_max": 2.0,
