@@ -12,14 +12,14 @@ from raytron.rl.config import AlgorithmConfig, RLConfig, RLEvalConfig, RolloutCo
 config = RLConfig(
     model=ModelConfig(preset="llama-tiny"),
     task=TaskConfig(name="copy"),
-    algorithm=AlgorithmConfig(name="grpo", clip_high=0.28),
+    algorithm=AlgorithmConfig(name="grpo", clip_high=0.28, entropy_coefficient=0.02),
     rollout=RolloutConfig(engines=2, engine=EngineConfig(max_num_seqs=256, max_batched_tokens=4096, kv_cache_mb=64)),
     max_staleness=2,
     prompts=32,
     group_size=16,
-    steps=200,
-    optimizer=OptimizerConfig(lr=2e-3, min_lr=0.0, weight_decay=0.0),
-    schedule=ScheduleConfig(kind="constant"),
+    steps=250,
+    optimizer=OptimizerConfig(lr=2e-3, min_lr=0.0, beta2=0.99, weight_decay=0.0),
+    schedule=ScheduleConfig(kind="linear"),
     evaluation=RLEvalConfig(interval=50),
     run=RunConfig(name="async-grpo"),
 )
