@@ -44,7 +44,7 @@ from raytron.rl.tasks import EchoDigit
 
 BENCHMARK = "elastic_rl"
 PROMPTS, GROUP, TOKENS = 16, 8, 64
-SEQUENCES = 16  # that an engine computes together, an eighth of a step's
+SEQUENCES = 8  # that an engine computes together, a sixteenth of a step's
 PATIENCE_S = 180.0  # with a run that does not get on
 LOOK_S = 0.05
 WARM = 5  # steps that are slower, at the begin
