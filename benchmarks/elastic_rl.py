@@ -342,6 +342,7 @@ def told(faults: Sequence[Fault]) -> dict[str, Any]:
     back = Samples(tuple(fault.recovered_s for fault in faults))
     details = {
         "wanted to the first step with both": f"{back.median:.1f} s (at most {max(back.values):.1f})",
+        "of which until it was ready": f"{median(fault.deed.whole - fault.deed.back for fault in faults):.1f} s",
         "steps meanwhile": " / ".join(str(len(fault.meanwhile)) for fault in faults),
         "longest of them": f"{max(seconds for fault in faults for seconds in fault.meanwhile):.2f} s",
     }
