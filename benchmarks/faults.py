@@ -138,8 +138,11 @@ def ends(run: Run) -> dict[str, Any]:
     }
 
 
-def ledger(folder: Path, made: int, prompts: int) -> str | None:
-    """What is wrong with the journal in a run's folder; None if every group was trained once, in order."""
+def ledger(folder: Path, made: int, prompts: int, stopped: bool = False) -> str | None:
+    """What is wrong with the journal in a run's folder; None if every group was trained once, in order.
+
+    stopped: the run was told to end after `made` steps: later groups may have been recorded, each once.
+    """
     from raytron.rl.buffer import from_line
 
     groups, steps = [], {}
@@ -153,7 +156,8 @@ def ledger(folder: Path, made: int, prompts: int) -> str | None:
     trained = [index for step in sorted(steps) for index in steps[step]]
     if len(groups) != len(set(groups)):
         return "a group was recorded twice"
-    if trained != list(range(made * prompts)) or sorted(groups) != trained:
+    kept = [index for index in sorted(groups) if not stopped or index < made * prompts]
+    if trained != list(range(made * prompts)) or kept != trained:
         return f"{len(trained)} groups trained, {len(groups)} recorded, {made * prompts} expected"
     return None
 

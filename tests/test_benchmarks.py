@@ -23,6 +23,7 @@ SCRIPTS = (
     "grpo_step.py",
     "async.py",
     "elastic.py",
+    "elastic_rl.py",
     "gpu/train.py",
 )
 # What a machine with torch, numpy and safetensors alone does not have.
@@ -196,3 +197,13 @@ def test_elastic():
     assert by["steps lost"]["ours"] == 0
     assert by["bytes moved"]["details"]["equal in all"]
     assert {"of which detect", "of which rendezvous", "of which move"} <= by.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_elastic_rl(tmp_path: Path):
+    page = tmp_path / "elastic_rl.md"
+    rows = rows_of(run(ROOT / "benchmarks" / "elastic_rl.py", "--quick", "--window", 2, "--force", "--output", page))
+    cases = ["an engine killed", "an engine left and joined", "all of it"]
+    assert [row["case"] for row in rows] == [f"echo-digit fp32 {case}" for case in cases]
+    assert all(row["ours"] > 0 and "ratio" in row and row["case"] in page.read_text() for row in rows)
