@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -53,9 +54,13 @@ def start(tmp_path: Path, name: str, *flags: str) -> subprocess.Popen:
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE)
     command = [sys.executable, str(recipe), "--run.name", name, "--run.storage-path", str(tmp_path), *flags]
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     log = (tmp_path / f"{name}.log").open("a")
-    return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, cwd=tmp_path, env=shell(), stdout=log, stderr=subprocess.STDOUT)
+
+
+def shell() -> dict[str, str]:
+    """A user's environment, without what this process's own Ray has put there."""
+    return {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
 
 
 def finish(tmp_path: Path, name: str, *flags: str) -> None:
@@ -113,6 +118,23 @@ def test_a_signal_finishes_the_step_saves_and_exits_cleanly(tmp_path, number):
     assert process.wait(timeout=60) == 0, (tmp_path / "stopped.log").read_text()
     last = max(losses(tmp_path, "stopped"))
     assert (tmp_path / "stopped" / "checkpoints" / f"step_{last:08d}").is_dir()
+
+
+def test_another_shell_sees_a_run_that_started_its_own_cluster(tmp_path):
+    process = start(tmp_path, "seen", *TP2_PP2, "--steps", "100000")
+    deadline = time.monotonic() + 240
+    while max(losses(tmp_path, "seen"), default=0) < 3:
+        assert process.poll() is None, (tmp_path / "seen.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    command = [str(Path(sys.executable).with_name("raytron")), "status", str(tmp_path / "seen"), "--json"]
+    told = subprocess.run(command, env=shell(), capture_output=True, text=True, timeout=60)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    state = json.loads(told.stdout)
+    assert state["run"] == "seen"
+    assert state["step"] >= 2
+    assert len(state["ranks"]) == 4
 
 
 def descendants(root: int) -> dict[int, str]:

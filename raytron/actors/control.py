@@ -93,6 +93,7 @@ class Control:
         self.costs = deque((event for event in before if event["event"] in TELLING), COSTS)
         self._journal = Journal(folder / JOURNAL)
         where = {"address": ray.get_runtime_context().gcs_address, "pid": os.getpid()}
+        where["auth_mode"] = os.environ.get("RAY_AUTH_MODE")  # Ray sets it in whoever starts a local cluster
         write_json(folder / CLUSTER, where)
         self._lock = threading.Lock()
         self._asked: list[dict[str, Any]] = []

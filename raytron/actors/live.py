@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import Config
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytron.actors.control import CLUSTER
@@ -49,6 +50,11 @@ def talking_to(run: str) -> Iterator[Any]:
         raise ValueError(f"no folder {run} or runs/{run} of a run; give its folder, or set RAY_ADDRESS to its cluster")
     where = json.loads((folder / CLUSTER).read_text()) if folder else {}
     name = folder.resolve().name if folder else run
+    if where.get("auth_mode") and "RAY_AUTH_MODE" not in os.environ:
+        # Ray guards a cluster that a driver starts for itself with the user's token, but uses the token for an address
+        # only where this variable was set before Ray was imported.
+        os.environ["RAY_AUTH_MODE"] = where["auth_mode"]
+        Config.initialize("")
     try:
         ray.init(where.get("address"), namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except ConnectionError as error:
