@@ -81,7 +81,9 @@ RAY = LOCAL | {"health_check_timeout_ms": 20_000}
 TRAP_S = 30.0  # so long a rank may take to come to a phase
 LOOK_S = 0.05
 STEP_PHASES = ("forward", "backward", "all-reduce", "vote", "optimizer", "gather")
-PHASES = (*STEP_PHASES, "evaluation", "save", "move")
+MOVE_PHASES = ("plan", "move")  # of a change of seats: nothing has moved yet; bytes are moving
+PHASES = (*STEP_PHASES, "evaluation", "save", *MOVE_PHASES)
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 SHAPES = ((1, 1), (2, 1), (1, 2), (2, 2))  # tp, pp
 
 
@@ -128,7 +130,7 @@ class Trap:
         with suppress(FileNotFoundError):  # taken back at this moment
             self._set.rename(self._sprung)
             if deed != "wait":
-                os.kill(os.getpid(), signal.SIGKILL if deed == "kill" else signal.SIGSTOP)
+                os.kill(os.getpid(), SIGNALS[deed])
             while True:
                 time.sleep(1)
 
@@ -178,6 +180,36 @@ class TrapEngine(TrainEngine):
         return super().evaluate(batches)
 
 
+class TrapAxis:
+    """The axis that a move is made over. It looks for the trap when a message is on its way, and, for those who only
+    receive, before all tell each other that what was moved is there: the weights are first, the moments follow."""
+
+    def __init__(self, axis: Any, trap: Trap) -> None:
+        self._axis, self._trap = axis, trap
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._axis, name)
+
+    def isend(self, tensor: Tensor, dst: int) -> Any:
+        handle = self._axis.isend(tensor, dst)
+        self._trap("move")
+        return handle
+
+    def barrier(self) -> None:
+        self._trap("move")
+        self._axis.barrier()
+
+
+class TrapTransit:
+    """The world that a move is made over."""
+
+    def __init__(self, world: Any, trap: Trap) -> None:
+        self._world, self._trap = world, trap
+
+    def axis(self, name: str) -> TrapAxis:
+        return TrapAxis(self._world.axis(name), self._trap)
+
+
 class TrapTask(PretrainTask):
     """A rank of the drilled run."""
 
@@ -197,13 +229,18 @@ class TrapTask(PretrainTask):
             raise ValueError(f"twins differ in {differing} at step {self.engine.counters.step}")
         return super().save(wait)
 
-    def reshape(self, *args: Any) -> Any:
-        self.trap("move")
-        return super().reshape(*args)
+    def reshape(self, world: Any, transit: Any, *args: Any) -> Any:
+        self.trap("plan")
+        return super().reshape(world, TrapTransit(transit, self.trap), *args)
 
     def restart(self, world: Any) -> tuple[int, list[str]]:
-        self.trap("move")
+        self.trap("plan")
         return super().restart(world)
+
+    def load(self) -> tuple[int, list[str]]:
+        found = super().load()
+        self.trap("move")  # others may still be reading
+        return found
 
     def _engine_of(self, model: Any, config: Any) -> TrapEngine:
         return TrapEngine(model, config, self.trap)
@@ -370,7 +407,8 @@ class Deed:
         phase: where the rank that is hit is at that moment; "" is anywhere. For planned changes it means nothing.
         chance: in [0, 1), says which rank, node, size or shape.
         after: steps done since the deed before, once the run has its ranks again.
-        hasty: do it at once instead, whatever the run is at.
+        hasty: do it at once instead, whatever the run is at; where the phase is one of a move, then of the move that
+            the deed before brings about.
     """
 
     what: str
@@ -393,17 +431,20 @@ class Drill:
         self.done: Counter[str] = Counter()
         self.pids: set[int] = set()
         self._victims: set[int] = set()
+        self._aimed: dict[int, dict] = {}  # ranks whose traps are set already, by their deed's id
         self._size, self._shape = RANKS, (1, 1)  # that the user asked for
         (driven.folder / "traps").mkdir(parents=True, exist_ok=True)
 
     def run(self, deeds: Sequence[Deed], last: int = 0, until: float = inf) -> None:
         """The deeds, none from step `until` on; then on to step `last`, where the run is told to stop."""
-        for deed in deeds:
+        for deed, following in zip(deeds, [*deeds[1:], None], strict=False):
             if self.driven.step() >= until:
                 break
             if not deed.hasty:
                 self._settled()
                 self._steps(deed.after)
+            if following and following.hasty and following.phase in MOVE_PHASES:
+                self._aim(following)  # a move takes a tenth of a second
             phase = getattr(self, deed.what.replace(" ", "_"))(deed)
             self.done[f"{deed.what} ({phase})" if phase else deed.what] += 1
             print(f"{deed.what} {phase}, step {self.driven.step()}", file=sys.stderr, flush=True)
@@ -423,17 +464,18 @@ class Drill:
 
     def kill(self, deed: Deed) -> str:
         """SIGKILL to a rank."""
-        return self._hit(deed, "kill")
+        return self._hit(deed)
 
     def stop(self, deed: Deed) -> str:
         """SIGSTOP to a rank."""
-        return self._hit(deed, "stop")
+        return self._hit(deed)
 
     def remove_node(self, deed: Deed) -> str:
         """A node goes while one of its ranks is at the phase."""
         self._provide()
-        node = self._node(deed)
-        phase = self._hit(deed, "wait", node)
+        aimed = self._aimed.get(id(deed), {}).get("node")
+        node = aimed if aimed in self.site.nodes else self._node(deed)
+        phase = self._hit(deed, node)
         self._victims |= {rank["pid"] for rank in self._ranks() if rank["node"] == node}
         self.site.take_away(node)
         return phase
@@ -475,38 +517,54 @@ class Drill:
 
     def kill_driver(self, deed: Deed) -> str:
         """SIGKILL to the driver, when a rank has come to the phase; the same command again."""
-        phase = self._hit(deed, "wait") if deed.phase else ""
+        phase = self._hit(deed) if deed.phase else ""
         self._victims |= {rank["pid"] for rank in self._ranks()}
         self.driven.process.kill()
         self.driven.process.wait()
         self.driven.start()
         return phase
 
-    def _hit(self, deed: Deed, how: str, node: str | None = None) -> str:
+    def _hit(self, deed: Deed, node: str | None = None) -> str:
         """A rank (of the node) falls at the phase; "any" where it does not come there."""
-        ranks: list[dict] = []
-
-        def there() -> bool:
-            ranks[:] = [r for r in self._ranks() if alive(r["pid"]) and r["pid"] not in self._victims]
-            ranks[:] = [r for r in ranks if r["node"] == node] or ranks
-            return bool(ranks)
-
-        self._until(there)
-        pid = ranks[int(deed.chance * len(ranks))]["pid"]
+        rank = self._aimed.get(id(deed))
+        if rank is None or not self._within_reach(rank["pid"]):
+            rank = self._aim(deed, node)
+        pid = rank["pid"]
         trap, sprung = trap_files(self.driven.folder, pid)
         if deed.phase:
-            part = trap.with_suffix(".part")
-            part.write_text(f"{how} {deed.phase}")
-            part.rename(trap)
             self._until(lambda: sprung.exists() or not alive(pid), time.monotonic() + TRAP_S)
+        del self._aimed[id(deed)]
         self._victims |= {pid}
         if sprung.exists():
             return deed.phase
         with suppress(FileNotFoundError):
             trap.unlink()
-        if how != "wait":
-            signal_to(pid, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+        if deed.what in SIGNALS:
+            signal_to(pid, SIGNALS[deed.what])
         return "any"
+
+    def _aim(self, deed: Deed, node: str | None = None) -> dict:
+        """Set the trap of a rank (of the node, where it is a node that is to go)."""
+        ranks: list[dict] = []
+        node = node or (self._node(deed) if deed.what == "remove node" else None)
+        taken = {rank["pid"] for rank in self._aimed.values()} | self._victims
+
+        def there() -> bool:
+            ranks[:] = [r for r in self._ranks() if alive(r["pid"]) and r["pid"] not in taken]
+            ranks[:] = [r for r in ranks if r["node"] == node] or ranks
+            return bool(ranks)
+
+        self._until(there)
+        self._aimed[id(deed)] = rank = ranks[int(deed.chance * len(ranks))]
+        if deed.phase:
+            trap, _ = trap_files(self.driven.folder, rank["pid"])
+            part = trap.with_suffix(".part")
+            part.write_text(f"{deed.what if deed.what in SIGNALS else 'wait'} {deed.phase}")
+            part.rename(trap)
+        return rank
+
+    def _within_reach(self, pid: int) -> bool:
+        return alive(pid) or trap_files(self.driven.folder, pid)[1].exists()
 
     def _node(self, deed: Deed) -> str:
         used = {rank["node"] for rank in self._ranks()}

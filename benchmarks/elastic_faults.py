@@ -1,10 +1,11 @@
 """Pretraining runs that are hurt at random, and have the losses of a run that nobody disturbed, step for step.
 
 Each seed draws thirty deeds: ranks that are killed or stopped and nodes that are taken away, each at a phase of its own
-(forward, backward, all-reduce, vote, optimizer, gather, evaluation, save, the move of a recovery), drivers that are
-killed and started again, nodes that are told to leave or come, and wishes for another size or shape. Some come while
-the one before is still being dealt with. Then every step's loss, and every evaluation's, must be that of the quiet
-run; each step must have been done once, in order, on its own samples; and no process of the run may be left over.
+(forward, backward, all-reduce, vote, optimizer, gather, evaluation, save), drivers that are killed and started again,
+nodes that are told to leave or come, and wishes for another size or shape. Some come while the one before is still
+being dealt with: also where ranks are about to move what they hold, and while the bytes are on their way. Then every
+step's loss, and every evaluation's, must be that of the quiet run; each step must have been done once, in order, on its
+own samples; and no process of the run may be left over.
 
     python benchmarks/elastic_faults.py [--quick] [--seeds 20] [--first 0] [--faults 30] [--precision fp64]
                                         [--keep FOLDER]       (of runs; else they are removed)
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from _common import emit, parse, write_results
-from _drill import BATCH, STEP_PHASES, Deed, Drill, Driven, Site
+from _drill import BATCH, MOVE_PHASES, STEP_PHASES, Deed, Drill, Driven, Site
 
 from raytron.actors.journal import read_journal
 from raytron.metrics import EvalRecord, StepRecord, read_records
@@ -45,7 +46,8 @@ SHARES = {
     "reshape": 4,
     "kill driver": 1,
 }
-HASTY = 0.2  # of the deeds do not wait until the one before is dealt with
+HASTY = 0.3  # of the deeds do not wait until the one before is dealt with
+MOVES = ("kill", "stop", "remove node", "resize", "reshape")  # deeds that a move follows
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def draw(seed: int, count: int, most_after: int = 12) -> list[Deed]:
         what = chance.choices(list(SHARES), list(SHARES.values()))[0]
         hasty = number > 0 and chance.random() < HASTY
         # While the one before is dealt with, everyone moves; by chance also where no step is under way.
-        phases = [*STEP_PHASES, *["evaluation", "save"] * 2, *(["move"] * 8 if hasty else [])]
+        moving = hasty and deeds[-1].what in MOVES
+        phases = [*STEP_PHASES, *["evaluation", "save"] * 2, *(MOVE_PHASES * 5 if moving else [])]
         hurts = what in ("kill", "stop", "remove node", "kill driver")
         after = chance.randint(1, most_after)
         deeds.append(Deed(what, chance.choice(phases) if hurts else "", chance.random(), after, hasty))

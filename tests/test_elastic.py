@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -30,7 +31,7 @@ def script(folder: Path, name: str, *command: str) -> None:
     """Run a script in a process of its own."""
     log = folder / f"{name}.log"
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
-    with log.open("w") as out:
+    with log.open("a") as out:  # as the driver does
         code = subprocess.run(
             [sys.executable, *command], env=env, cwd=folder, stdout=out, stderr=subprocess.STDOUT, timeout=600
         ).returncode
@@ -44,10 +45,7 @@ def events(folder: Path, name: str, *kinds: str) -> list[dict]:
 def test_losses_are_those_of_the_quiet_run_whatever_happens_to_ranks_and_nodes(tmp_path):
     deeds = ["kill", "remove node", "add node", "reshape", "kill driver", "stop", "drain"]
     hurt = drill(tmp_path, "hurt", [{"what": deed, "chance": 0.0} for deed in deeds], last=70)
-    quiet = drill(tmp_path, "quiet", [], last=hurt[-1].step)
-    assert [record.step for record in hurt] == list(range(1, len(hurt) + 1))  # nothing lost, nothing twice
-    assert [record.consumed_samples for record in hurt] == [8 * record.step for record in hurt]
-    assert [r.loss for r in hurt] == pytest.approx([r.loss for r in quiet[: len(hurt)]], rel=1e-9)
+    same_as_quiet(tmp_path, hurt)
     assert not events(tmp_path, "hurt", "rewound")  # every shard had a twin on the other node
     sizes = [4, *(math.prod(event["mesh"]) for event in events(tmp_path, "hurt", "recovered", "resized"))]
     assert min(sizes) == sizes[-1] == 2
@@ -56,6 +54,26 @@ def test_losses_are_those_of_the_quiet_run_whatever_happens_to_ranks_and_nodes(t
     assert events(tmp_path, "hurt", "recovered", "resized")[-1]["mesh"] == [1, 1, 1, 2]
     assert any(before < after for before, after in pairwise(sizes))
     assert page_adds_up(tmp_path / "hurt")
+
+
+def same_as_quiet(folder: Path, hurt: list[StepRecord]) -> None:
+    quiet = drill(folder, "quiet", [], last=hurt[-1].step)
+    assert [record.step for record in hurt] == list(range(1, len(hurt) + 1))  # nothing lost, nothing twice
+    assert [record.consumed_samples for record in hurt] == [8 * record.step for record in hurt]
+    assert [r.loss for r in hurt] == pytest.approx([r.loss for r in quiet[: len(hurt)]], rel=1e-9)
+
+
+def test_losses_are_those_of_the_quiet_run_when_faults_come_while_bytes_are_moving(tmp_path):
+    """In the recovery from a fault, in a change of size that was asked for, and by a rank that hangs."""
+    pairs = [("kill", "kill"), ("resize", "kill"), ("kill", "stop")]
+    deeds = [deed for first, second in pairs for deed in (
+        {"what": first, "chance": 0.0}, {"what": second, "phase": "move", "hasty": True}
+    )]  # fmt: skip
+    hurt = drill(tmp_path, "hurt", deeds, last=30)
+    hit = re.findall(r"^(\w+) move, step", (tmp_path / "hurt.log").read_text(), re.MULTILINE)
+    assert hit == [second for _, second in pairs]
+    assert [event["what"].count("in reshape") for event in events(tmp_path, "hurt", "fault")] == [0, 1, 1, 0, 1]
+    same_as_quiet(tmp_path, hurt)
 
 
 def page_adds_up(folder: Path) -> bool:
