@@ -49,6 +49,7 @@ CASES = (
     Case("echo-digit grpo staleness 2", changes={"steps": 100, "max_staleness": 2}),
     Case("echo-digit grpo vLLM", engine={"engine": "vllm"}, heads=2),  # of 32, the least its attention takes on a CPU
     *(Case(f"echo-digit {name}", algorithm=name, changes={"steps": 150 if name == "ppo" else 60}) for name in FAMILY),
+    Case("copy-4 grpo", recipe="async_grpo", changes={"steps": 200, "max_staleness": 0}, least=0.99, greedy=0.99),
     Case("copy-4 ppo", recipe="ppo", least=0.99, greedy=0.99),
     Case("copy-4 grpo staleness 2", recipe="async_grpo", least=0.99, greedy=0.99),
     Case("higher-lower grpo", recipe="agent_tools", least=0.72, greedy=0.0),

@@ -10,14 +10,14 @@ from raytron.rl.config import AlgorithmConfig, RLConfig, RLEvalConfig, RolloutCo
 config = RLConfig(
     model=ModelConfig(preset="llama-tiny"),
     task=TaskConfig(name="copy"),
-    algorithm=AlgorithmConfig(name="ppo", clip_high=0.28),
+    algorithm=AlgorithmConfig(name="ppo", clip_high=0.28, entropy_coefficient=0.01),
     rollout=RolloutConfig(engine=EngineConfig(max_num_seqs=512, max_batched_tokens=4096, kv_cache_mb=64)),
     prompts=32,
     group_size=16,
     steps=150,
-    optimizer=OptimizerConfig(lr=2e-3, min_lr=0.0, weight_decay=0.0),
+    optimizer=OptimizerConfig(lr=3e-3, min_lr=0.0, beta2=0.99, weight_decay=0.0),
     critic=OptimizerConfig(lr=3e-3, min_lr=0.0, weight_decay=0.0),
-    schedule=ScheduleConfig(kind="constant"),
+    schedule=ScheduleConfig(kind="linear"),
     evaluation=RLEvalConfig(interval=50),
     run=RunConfig(name="ppo"),
 )

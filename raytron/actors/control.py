@@ -137,10 +137,10 @@ class Control:
             self._last = (kind, mesh, decision.leave)
             self.note("decided", action=kind, mesh=_sizes(mesh), leave=list(decision.leave), reason=decision.reason)
 
-    def want(self, together: Sequence[int], each: Mapping[str, float]) -> None:
-        """Ask the autoscaler for room, see `Demand.want`."""
-        if self._demand.want(together, each):
-            self.note("asked", ranks=sum(together))
+    def want(self, bundles: Sequence[Mapping[str, float]], **counts: int) -> None:
+        """Ask the autoscaler for room, see `Demand.want`; `counts` says for what, in the journal."""
+        if self._demand.want(bundles):
+            self.note("asked", **counts)
 
     def begins(self) -> None:
         """Something new is begun: steps, an evaluation, a save."""

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def bundles(together: Sequence[int], each: Mapping[str, float]) -> list[dict[str, float]]:
     """Ray's resources of so many ranks together on a node, for each of `together`; `each` is what one rank needs."""
-    return [{name: need * ranks for name, need in each.items() if need > 0} for ranks in together]
+    return [{name: need * ranks for name, need in each.items()} for ranks in together]
 
 
 class Demand:
@@ -37,13 +37,14 @@ class Demand:
         self._active = active
         self._asked: Counter[Any] = Counter()
 
-    def want(self, together: Sequence[int], each: Mapping[str, float]) -> bool:
-        """Ask for room for that, in all, unless it is what was asked last; whether it was another."""
-        wish = Counter((ranks, *sorted(each.items())) for ranks in together)
+    def want(self, wanted: Sequence[Mapping[str, float]]) -> bool:
+        """Ask for room for these bundles, in all, unless it is what was asked last; whether it was another."""
+        needs = [{name: need for name, need in bundle.items() if need > 0} for bundle in wanted]
+        wish = Counter(tuple(sorted(bundle.items())) for bundle in needs)
         if not self._active or wish == self._asked:
             return False
         try:
-            request_resources(bundles=bundles(together, each))
+            request_resources(bundles=needs)
         except RayError as error:  # the cluster itself is going; nothing here depends on an answer
             log.debug("while asking the autoscaler: %s", error)
             return False
@@ -53,4 +54,4 @@ class Demand:
     def close(self) -> None:
         """Ask for nothing any more."""
         if ray.is_initialized():
-            self.want((), {})
+            self.want(())

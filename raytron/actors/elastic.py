@@ -24,6 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 from raytron.actors.control import Control
+from raytron.actors.demand import bundles
 from raytron.actors.failures import GONE, HUNG, BrokenError, Failure, WorkerError
 from raytron.actors.journal import wish_after
 from raytron.actors.members import Member, living_nodes
@@ -357,7 +358,8 @@ class Elastic:
         return "hung" if how == HUNG or place in self._control.watch.hung else "died"
 
     def _ask_for_room(self, state: ClusterState) -> None:
-        self._control.want(asked_for(state), self.group.each)
+        together = asked_for(state)
+        self._control.want(bundles(together, self.group.each), ranks=sum(together))
 
     # What is known
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["EnginesDecision", "EnginesState", "Seated", "decide", "refusal"]
+__all__ = ["EnginesDecision", "EnginesState", "Seated", "decide", "refusal", "wanted"]
 
 NEAR_S = 30.0  # before a node's end its engines leave, though too few others answer
 FINISH_S = 600.0  # where no deadline is known, a leaving engine may take so long to finish
@@ -77,7 +77,7 @@ def decide(state: EnginesState) -> EnginesDecision:
     goes = [one for one in state.engines if one.nodes & state.draining.keys()]
     stay = [one for one in state.engines if not one.nodes & state.draining.keys()]
     goal, why = _wanted(state)
-    if (excess := len(stay) - max(1, goal)) > 0:
+    if (excess := len(stay) - wanted(state)) > 0:
         return EnginesDecision(0, _least(stay, excess), FINISH_S, f"{why}; {len(stay)} are there")
     start = max(0, min(goal - len(stay), state.free)) if state.held_s <= 0 else 0
     if goes:
@@ -88,6 +88,11 @@ def decide(state: EnginesState) -> EnginesDecision:
         return _keep(f"{why}, and all of them are there")
     held = f"; no more are started for {state.held_s:.0f} s" if state.held_s > 0 else ""
     return _keep(f"{why}; there is room for {len(stay)}{held}")
+
+
+def wanted(state: EnginesState) -> int:
+    """How many engines the run would have if there were room."""
+    return max(1, _wanted(state)[0])
 
 
 def refusal(bounds: tuple[int, int], engines: int) -> str | None:

@@ -1,8 +1,8 @@
 """Keeps the number of an RL run's engines what the cluster and the user let it be, and tells of them.
 
 A look a second, on the run's event loop: what is free, what drains, what was asked for -> rollout_policy.decide -> the
-group's `grow` and `retire`. Every decision is in the run's journal with its reason, and so is every engine that failed,
-joined or left. Nobody waits for any of it.
+group's `grow` and `retire`; and the autoscaler is asked for room for everybody. Every decision is in the run's journal
+with its reason, and so is every engine that failed, joined or left. Nobody waits for any of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from raytron.actors.fleet import Health
 from raytron.actors.members import draining
 from raytron.actors.placement import Node, cluster
 from raytron.actors.rollout import RolloutGroup
-from raytron.actors.rollout_policy import EnginesDecision, EnginesState, Seated, decide, refusal
+from raytron.actors.rollout_policy import EnginesDecision, EnginesState, Seated, decide, refusal, wanted
 from raytron.actors.rollout_seats import engines_that_fit
 
 __all__ = ["EngineScaler"]
@@ -37,10 +37,11 @@ class EngineScaler:
     Args:
         group: started. One that shares seats of a trainer is told of, and stays as it is.
         control: of the run.
+        others: bundles of what the run has besides engines; an autoscaler is asked for room for everything together.
     """
 
-    def __init__(self, group: RolloutGroup, control: Control) -> None:
-        self._group, self._control = group, control
+    def __init__(self, group: RolloutGroup, control: Control, others: Sequence[Mapping[str, float]] = ()) -> None:
+        self._group, self._control, self._others = group, control, others
         self._again_s = float("-inf")
         self._told: set[str] = set()
 
@@ -83,6 +84,8 @@ class EngineScaler:
         nodes, leaving = await asyncio.gather(asyncio.to_thread(cluster), asyncio.to_thread(draining))
         state = self._state(nodes, leaving)
         self._warn(state)
+        engines = wanted(state)
+        self._control.want([*self._others, *self._group.needs * engines], engines=engines)
         decision = decide(state)
         if decision.kind == "continue":
             return

@@ -23,10 +23,12 @@ from rich.console import Console
 
 from raytron.actors import Session, WorkerError, from_ray_train, result
 from raytron.actors.control import Control
+from raytron.actors.demand import bundles
 from raytron.actors.placement import cluster
 from raytron.actors.rollout import RolloutGroup
 from raytron.actors.rollout_scaling import EngineScaler
 from raytron.actors.runs import RunFolder, attempts, stop_requests
+from raytron.actors.trainer import resources
 from raytron.actors.weight_sync import WeightSync
 from raytron.config import ElasticConfig, RunConfig, ScalingConfig
 from raytron.data import HFTokenizer, load_tokenizer
@@ -120,8 +122,12 @@ class _Run:
         fewest, most = ([*engine_bundles(rollout, count), *self.scorers.bundles] for count in rollout.bounds)
         slots = self.mesh.size * groups + math.ceil(sum(bundle.get("CPU", 0) for bundle in most))
         sizes = {"engines": list(rollout.bounds)}
-        named = (run.name, self.folder.path, ElasticConfig(), self.config.steps, self._say, sizes)
-        with Session(slots) as session, stop_requests() as stop, Control(*named) as control:
+        told = (ElasticConfig(), self.config.steps, self._say, sizes)
+        with (
+            Session(slots) as session,
+            stop_requests() as stop,
+            Control(run.name, self.folder.path, *told, autoscaled=not session.owned) as control,
+        ):
 
             def attempt(resume: bool) -> str | None:
                 self._fit(groups, fewest, session.wait_s)
@@ -175,13 +181,19 @@ class _Run:
                         with self.timeline.span("push", "sync", step=version):
                             await sync.push(version)
                         with MetricsWriter(self.folder.sinks(config, self.console, version)) as writer:
-                            async with EngineScaler(engines, control):
+                            async with EngineScaler(engines, control, self._beside_engines()):
                                 await self._loop(trainers, rollouts, engines, sync, writer, stop)
                     finally:
                         await rollouts.cancel()
                         journal.close()
                         await sync.close()
             return trainers.latest()
+
+    def _beside_engines(self) -> list[dict[str, float]]:
+        """What the run reserves besides engines: a tensor-parallel group of trainer ranks together, and judges."""
+        groups = 1 + self.algorithm.needs_critic
+        together = (self.mesh.tp,) * (groups * self.mesh.size // self.mesh.tp)
+        return [*bundles(together, resources(self.config.scaling)), *self.scorers.bundles]
 
     def _books(self, version: int) -> tuple[Journal, Buffer]:
         """What has been rolled out so far, and what of it is still to be trained on."""

@@ -167,6 +167,7 @@ def elastic(cluster: Cluster, folder: str, nodes: list[Any], calm: list[dict]) -
     finally:
         WeightSync._extend = extend
     events = read_journal(Path(folder, "elastic", "journal.jsonl"))
+    assert [event["engines"] for event in events if event["event"] == "asked"] == [3, 1, 2]
     decided = [event for event in events if event["event"] == "decided"]
     assert all(event["reason"] for event in decided)
     assert {"grow", "shrink"} <= {event["action"] for event in decided}
