@@ -8,7 +8,7 @@ A signal from outside hits a phase by chance, and saving or voting almost never.
 after their process, wherever a phase begins (`Trap`), and kill or stop themselves there. Each step also sleeps for a
 moment (`pace_s`): what is to be shown takes wall time, and steps that take none make nothing but rounding errors.
 
-    python benchmarks/_drill.py FOLDER NAME '[{"what": "kill", "phase": "vote"}, {"what": "add node"}]'
+    python benchmarks/_drill.py FOLDER NAME '[{"what": "kill", "phase": "vote"}, {"what": "stop"}]' [LAST [MISSED_S]]
 
 A script, since a process has one Ray. The run leaves metrics and journal in FOLDER/NAME.
 """
@@ -260,15 +260,20 @@ def drive(folder: str, name: str, options: str) -> None:
 
 
 class Site:
-    """A cluster whose head has no seats and whose other nodes have two each; this process is connected to it."""
+    """A cluster whose head has no seats and whose other nodes have two each; this process is connected to it.
 
-    def __init__(self, nodes: int = 2) -> None:
+    Args:
+        missed_s: how long Ray takes to notice that a node is gone, where it is not to be fast.
+    """
+
+    def __init__(self, nodes: int = 2, missed_s: float = 0.0) -> None:
         os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}  # for all that is started from here
         here = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, here))
         os.environ.pop("RAY_ADDRESS", None)
         self._root = tempfile.mkdtemp(prefix="rt-", dir="/tmp")  # other folders may be too deep for sockets
-        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": self._root, "_system_config": RAY}
+        slow = {"health_check_failure_threshold": 10, "health_check_period_ms": int(100 * missed_s)} if missed_s else {}
+        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": self._root, "_system_config": RAY | slow}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address = self._cluster.address
         self.leaving: set[str] = set()
@@ -300,15 +305,26 @@ class Site:
         gcs, preemption = ray._raylet.GcsClient(address=self.address), 2
         gcs.drain_node(node, preemption, "the drill", int(1000 * (time.time() + DRAIN_S)))
 
+    def freeze(self, node: str) -> None:
+        """The node stands still, with all its processes: nobody gets an answer, and nobody is refused."""
+        self.leaving.add(node)
+        for pid in self._family(self._find(node)):
+            signal_to(pid, signal.SIGSTOP)
+
     def take_away(self, node: str) -> None:
         """The node goes without a word, and with it all its processes, as a machine does."""
-        one = next(n for n in self._cluster.worker_nodes if n.node_id == node)
-        # Whoever is stopped would not notice that its node is gone, and stay.
-        family = descendants([info[0].process.pid for info in one.all_processes.values()])
+        one = self._find(node)
+        family = self._family(one)  # whoever is stopped would not notice that its node is gone, and stay
         self._cluster.remove_node(one, allow_graceful=False)
         for pid in family:
             signal_to(pid, signal.SIGKILL)
         self.leaving.discard(node)
+
+    def _find(self, node: str) -> Any:
+        return next(one for one in self._cluster.worker_nodes if one.node_id == node)
+
+    def _family(self, node: Any) -> list[int]:
+        return descendants([info[0].process.pid for info in node.all_processes.values()])
 
     def close(self) -> None:
         """End the cluster."""
@@ -480,6 +496,16 @@ class Drill:
         self.site.take_away(node)
         return phase
 
+    def freeze_node(self, deed: Deed) -> str:
+        """A node stands still, and is taken away once nobody counts on it."""
+        self._provide()
+        node = self._node(deed)
+        self._victims |= {rank["pid"] for rank in self._ranks() if rank["node"] == node}
+        self.site.freeze(node)
+        self._until(lambda: node not in {r["node"] for r in self._ranks() or [{"node": node}]})
+        self.site.take_away(node)
+        return ""
+
     def drain(self, deed: Deed) -> str:
         """A node is told that it is to leave, and does: once nobody sits there, or when its time has come."""
         self._provide()
@@ -644,15 +670,17 @@ class Drill:
             time.sleep(LOOK_S)
 
 
-def main(folder: Path, name: str, deeds: Sequence[Deed], last: int = 0, patience_s: float = PATIENCE_S, **options: Any):
+def main(folder: Path, name: str, deeds: Sequence[Deed], last: int = 0, missed_s: float = 0.0, **options: Any) -> Drill:
     """A run and its drill, from the start of a cluster to its end; the drill, with what it did.
+
+    missed_s: see `Site`.
 
     Raises:
         RuntimeError: the run did not come through, or left processes over.
     """
-    with Site() as site:
+    with Site(missed_s=missed_s) as site:
         driven = Driven(site, folder, name, options)
-        drill = Drill(site, driven, patience_s)
+        drill = Drill(site, driven)
         try:
             drill.run(deeds, last)
         finally:

@@ -21,9 +21,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
 
 
-def drill(folder: Path, name: str, deeds: list[dict], last: int) -> list[StepRecord]:
+def drill(folder: Path, name: str, deeds: list[dict], *numbers: int) -> list[StepRecord]:
     """Records of the steps of a run to which all this was done, see benchmarks/_drill.py."""
-    script(folder, name, str(ROOT / "benchmarks" / "_drill.py"), str(folder), name, json.dumps(deeds), str(last))
+    rest = [str(folder), name, json.dumps(deeds), *map(str, numbers)]
+    script(folder, name, str(ROOT / "benchmarks" / "_drill.py"), *rest)
     return [r for r in read_records(folder / name / "metrics.jsonl") if isinstance(r, StepRecord)]
 
 
@@ -44,7 +45,7 @@ def events(folder: Path, name: str, *kinds: str) -> list[dict]:
 
 def test_losses_are_those_of_the_quiet_run_whatever_happens_to_ranks_and_nodes(tmp_path):
     deeds = ["kill", "remove node", "add node", "reshape", "kill driver", "stop", "drain"]
-    hurt = drill(tmp_path, "hurt", [{"what": deed, "chance": 0.0} for deed in deeds], last=70)
+    hurt = drill(tmp_path, "hurt", [{"what": deed, "chance": 0.0} for deed in deeds], 70)
     same_as_quiet(tmp_path, hurt)
     assert not events(tmp_path, "hurt", "rewound")  # every shard had a twin on the other node
     sizes = [4, *(math.prod(event["mesh"]) for event in events(tmp_path, "hurt", "recovered", "resized"))]
@@ -57,7 +58,7 @@ def test_losses_are_those_of_the_quiet_run_whatever_happens_to_ranks_and_nodes(t
 
 
 def same_as_quiet(folder: Path, hurt: list[StepRecord]) -> None:
-    quiet = drill(folder, "quiet", [], last=hurt[-1].step)
+    quiet = drill(folder, "quiet", [], hurt[-1].step)
     assert [record.step for record in hurt] == list(range(1, len(hurt) + 1))  # nothing lost, nothing twice
     assert [record.consumed_samples for record in hurt] == [8 * record.step for record in hurt]
     assert [r.loss for r in hurt] == pytest.approx([r.loss for r in quiet[: len(hurt)]], rel=1e-9)
@@ -69,10 +70,28 @@ def test_losses_are_those_of_the_quiet_run_when_faults_come_while_bytes_are_movi
     deeds = [deed for first, second in pairs for deed in (
         {"what": first, "chance": 0.0}, {"what": second, "phase": "move", "hasty": True}
     )]  # fmt: skip
-    hurt = drill(tmp_path, "hurt", deeds, last=30)
+    hurt = drill(tmp_path, "hurt", deeds, 30)
     hit = re.findall(r"^(\w+) move, step", (tmp_path / "hurt.log").read_text(), re.MULTILINE)
     assert hit == [second for _, second in pairs]
     assert [event["what"].count("in reshape") for event in events(tmp_path, "hurt", "fault")] == [0, 1, 1, 0, 1]
+    same_as_quiet(tmp_path, hurt)
+
+
+@pytest.mark.parametrize(
+    ("deeds", "events_"),
+    [
+        (["remove node"], ["recovered"]),
+        (["freeze node"], ["recovered"]),
+        (["resize", "freeze node"], ["resized", "rewound"]),  # both ranks sat there
+    ],
+    ids=["gone", "frozen", "frozen with all ranks"],
+)
+def test_a_node_that_ray_takes_for_alive_is_done_without(tmp_path, deeds, events_):
+    """Ray would miss it in ten minutes; one that stands still takes connections, but nothing new is started there."""
+    hurt = drill(tmp_path, "hurt", [{"what": deed, "chance": 0.0} for deed in deeds], 30, 600)
+    kinds = ("recovered", "resized", "rewound")
+    assert [event["event"] for event in events(tmp_path, "hurt", *kinds)] == events_
+    assert "went with node" in events(tmp_path, "hurt", "decided")[-1]["reason"]
     same_as_quiet(tmp_path, hurt)
 
 

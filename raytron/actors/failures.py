@@ -18,7 +18,7 @@ from raytron.parallel.collectives import GaveUp
 __all__ = ["DIED", "GONE", "HUNG", "BrokenError", "Failure", "WorkerError", "cause", "is_echo"]
 
 DIED = "process died"
-GONE = "node gone"  # Ray has declared it dead, or nobody listens there any more
+GONE = "node gone"  # Ray has declared it dead, or nobody listens there any more, or nobody there says a word
 HUNG = "does not answer"  # not even its control thread
 SILENT = (DIED, GONE, HUNG)  # kinds of failures that others had to tell of
 

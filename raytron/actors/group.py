@@ -60,7 +60,7 @@ class ActorGroup:
         generation: how often the ranks have met.
         broken: why calls are refused, None while they are not.
         each: resources of one rank.
-        gone: nodes found to be gone, of which Ray may not know yet.
+        gone: nodes found to be gone, or to stand still, of which Ray may not know yet.
 
     Use it as a context manager, or call `shutdown`; either leaves no process behind.
 

@@ -3,6 +3,7 @@
     dead actor      Ray says so; calls under way fail, and no watching is needed
     dead node       its raylet refuses connections once its peers have seen closed sockets; else Ray's node table
     stopped process its control thread does not answer
+    stopped node    nor does its raylet; nothing is to be started there
     hung engine     nothing happens for many steps' time, and it is not waiting for a peer: whoever waits is a victim
     nobody moves    everyone waits for a peer: a message was lost; all are released and do the step again
     slow rank       its own work takes longer than that of its peers in the same pipeline stage; waiting does not count
@@ -27,7 +28,7 @@ import ray
 from ray.exceptions import RayError
 
 from raytron.actors.failures import GONE, HUNG
-from raytron.actors.members import Member, draining, living_nodes, ready
+from raytron.actors.members import Member, draining, frozen_nodes, living_nodes, ready
 from raytron.actors.reseating import ElasticGroup
 from raytron.actors.worker import Progress
 
@@ -197,6 +198,8 @@ class Watch:
         silent = {name: now - since for name, (_, since) in self._asked.items()}
         heard = {name: Stillness(self._heard.get(name), silent.get(name, 0.0)) for name in seated}
         verdict = judge(heard, self._limits, self.step_s)
+        if mute := {seated[name].where.node for name, why in verdict.hung.items() if "silent" in why}:
+            self._group.gone |= frozen_nodes(mute)
         for name, why in verdict.hung.items():
             self._end(seated[name], why)
         if verdict.deadlock and self._group.broken is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +22,13 @@ from raytron.actors.failures import DIED, GONE, HUNG
 from raytron.actors.placement import Placement, Seat
 from raytron.actors.worker import Where
 
-__all__ = ["Chair", "Member", "draining", "ended", "living_nodes", "ready", "survey"]
+__all__ = ["Chair", "Member", "draining", "ended", "frozen_nodes", "living_nodes", "ready", "survey"]
 
 LOOK_S = 0.1  # how often to look again at what may have changed
 SILENT_S = 5.0  # a living worker's control thread answers within this
 REFUSAL_S = 0.2  # a host that is there refuses a connection within this
+GREETING_S = 3.0  # a raylet that runs at all greets within this
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # how gRPC's clients begin (RFC 9113)
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,28 @@ class Member:
 def living_nodes(doubted: Collection[str] = ()) -> frozenset[str]:
     """Ids of the nodes that Ray believes alive, without those of `doubted` whose raylet is not there any more: Ray
     declares a node dead after some health checks only (16 seconds with its defaults)."""
-    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-    asked = [name for name in doubted if name in nodes]
-    if not asked:
-        return frozenset(nodes)
-    where = [(nodes[name]["NodeManagerAddress"], nodes[name]["NodeManagerPort"]) for name in asked]
-    with ThreadPoolExecutor(min(len(asked), 64)) as pool:
-        gone = {name for name, refused in zip(asked, pool.map(refuses, where), strict=True) if refused}
-    return frozenset(nodes.keys() - gone)
+    living = _believed_alive()
+    return frozenset(living) - _found({name: living[name] for name in doubted if name in living}, refuses)
+
+
+def frozen_nodes(nodes: Collection[str]) -> frozenset[str]:
+    """Those of `nodes` that Ray believes alive and whose raylet says nothing: to be asked where a process is silent
+    already. This process's own node is never among them: it runs, if only slowly."""
+    living, here = _believed_alive(), ray.get_runtime_context().get_node_id()
+    return _found({name: living[name] for name in nodes if name in living and name != here}, stands_still)
+
+
+def _believed_alive() -> Mapping[str, tuple[str, int]]:
+    """Addresses of the raylets of the nodes that Ray believes alive, by id."""
+    return {n["NodeID"]: (n["NodeManagerAddress"], n["NodeManagerPort"]) for n in ray.nodes() if n["Alive"]}
+
+
+def _found(raylets: Mapping[str, tuple[str, int]], test: Callable[[tuple[str, int]], bool]) -> frozenset[str]:
+    """The nodes whose raylet's address passes the test."""
+    if not raylets:
+        return frozenset()
+    with ThreadPoolExecutor(min(len(raylets), 64)) as pool:
+        return frozenset(name for name, yes in zip(raylets, pool.map(test, raylets.values()), strict=True) if yes)
 
 
 def refuses(address: tuple[str, int]) -> bool:
@@ -88,6 +104,20 @@ def refuses(address: tuple[str, int]) -> bool:
     try:
         socket.create_connection(address, REFUSAL_S).close()
     except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def stands_still(address: tuple[str, int]) -> bool:
+    """Whether a raylet that is greeted says nothing. A stopped process still takes connections; gRPC's own health check
+    would need its library here."""
+    try:
+        with socket.create_connection(address, GREETING_S) as link:
+            link.sendall(HELLO)
+            link.recv(1)
+    except TimeoutError:
         return True
     except OSError:
         return False
@@ -105,8 +135,9 @@ def survey(
 ) -> dict[str, str]:
     """Those of `members` that are lost, by name, and how: `DIED`, `GONE` or `HUNG`.
 
-    Each is asked for a sign of life; who gives none within `patience_s` seconds has lost its node, or hangs. Whose
-    process died may have lost its node too, and who is left on a lost node will not be for long.
+    Each is asked for a sign of life; who gives none within `patience_s` seconds has lost its node (which may also stand
+    still as a whole), or hangs. Whose process died may have lost its node too, and who is left on a lost node will not
+    be for long.
 
     Args:
         gone: nodes that are known to be.
@@ -118,6 +149,8 @@ def survey(
         over = {ref: asked.pop(ref) for ref in ready(asked, LOOK_S)}
         died, late = [member for ref, member in over.items() if ended(ref)], time.monotonic() >= deadline
         living = living_nodes({member.where.node for member in (*died, *asked.values())})
+        if late:
+            living -= frozen_nodes({member.where.node for member in asked.values()})
         lost |= {member.name: DIED if member.where.node in living else GONE for member in died}
         for ref, member in list(asked.items()):
             if late or member.where.node not in living:

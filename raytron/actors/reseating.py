@@ -94,6 +94,7 @@ class ElasticGroup(ActorGroup):
             WorkerError: a newcomer did not start.
         """
         self._tidy()
+        avoid = {*avoid, *(self.gone & living_nodes())}  # Ray would start them there
         with self._lock:
             free = [chair for chair in self._vacant if chair.seat.node not in avoid][:count]
             self._vacant = [chair for chair in self._vacant if chair not in free]
@@ -177,7 +178,6 @@ class ElasticGroup(ActorGroup):
             mesh = replace(unit, dp=count // unit.size)
         else:
             mesh = Mesh(dp=count // unit.tp, tp=unit.tp) if count % unit.tp == 0 else Mesh(dp=count)
-        avoid = {*avoid, *(self.gone & living_nodes())}
         placement = place(mesh, self.each, strategy=self._strategy, wait_s=wait_s, avoid=avoid)
         self._groups |= {group.id: group for group in placement.groups}
         if self._closed:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from raytron import rl
-from raytron.actors import Session, placement
+from raytron.actors import Session, WeightSync, placement
+from raytron.actors.failures import WorkerError
 from raytron.actors.placement import Node
 from raytron.config import (
     CheckpointConfig,
@@ -24,7 +25,7 @@ from raytron.config import (
     ScheduleConfig,
 )
 from raytron.metrics import read_timeline
-from raytron.rl import driver, scorers
+from raytron.rl import driver, scorers, trainers
 from raytron.rl.buffer import Journal
 from raytron.rl.config import RewardConfig, RewardModelConfig, RLConfig
 from raytron.rl.engines import fitting_dp, fitting_engines
@@ -33,6 +34,7 @@ from recipes.grpo import config as recipe
 from recipes.ppo import config as ppo
 from tests.actors.scorers import Failing
 from tests.inference.classifiers import random_classifier, scores_of
+from tests.rl.dying import HalfWay
 
 
 def config(tmp_path: Path, name: str, steps: int, interval: int = 0, **more) -> RLConfig:
@@ -144,6 +146,38 @@ def test_whoever_dies_while_taking_turns_is_replaced_and_no_bit_is_lost(cluster,
     rl.run(replace(disturbed, run=replace(disturbed.run, failure_config=failures)))
     assert rolling == training == {}
     assert [same_numbers(r) for r in steps(tmp_path / "struck")] == [same_numbers(r) for r in whole]
+
+
+@pytest.mark.slow
+def test_whoever_dies_when_half_of_a_push_is_written_is_replaced_and_no_bit_is_lost(
+    cluster, tmp_path, whole, monkeypatch
+):
+    """An engine in the push of version 2, and the trainer's rank in that of version 6."""
+    victims, pushes = {1: lambda _, engines: engines._started[0].pid, 5: lambda t, _: t.policy.where[0].pid}, {}
+    milestone, push = driver._Run._milestone, WeightSync.push
+
+    async def milestones(run, trainers, engines, writer, version) -> None:
+        await milestone(run, trainers, engines, writer, version)
+        if version in victims:
+            (tmp_path / "push" / "victim").write_text(str(victims.pop(version)(trainers, engines)))
+
+    async def pushed(sync, version, *args, **kwargs):
+        try:
+            pushes.setdefault(version, []).append(report := await push(sync, version, *args, **kwargs))
+        except WorkerError:
+            pushes.setdefault(version, []).append(None)
+            raise
+        return report
+
+    monkeypatch.setattr(driver._Run, "_milestone", milestones)
+    monkeypatch.setattr(WeightSync, "push", pushed)
+    monkeypatch.setattr(trainers, "PolicyTask", HalfWay)
+    disturbed = config(tmp_path, "push", 9, 2, reproducible=True)
+    rl.run(replace(disturbed, run=replace(disturbed.run, failure_config=FailureConfig(max_failures=2))))
+    assert victims == {}
+    assert [report.failed for report in pushes[2]] == [(0,)]
+    assert pushes[6][0] is None
+    assert [same_numbers(r) for r in steps(tmp_path / "push")] == [same_numbers(r) for r in whole]
 
 
 @pytest.mark.slow
