@@ -34,6 +34,7 @@ __all__ = [
     "assign",
     "choose",
     "cluster",
+    "newcomers",
     "place",
     "ranks_that_fit",
     "room",
@@ -153,6 +154,16 @@ def choose(mesh: Mesh, each: Resources, nodes: Sequence[Node], strategy: str = "
     if max(rooms, default=0) < mesh.tp and sum(rooms) >= mesh.size:  # no node holds a TP group, all together hold all
         return (_request(mesh, each, "PACK", 1),) * mesh.dp
     return (_request(mesh, each, "PACK", mesh.tp),) * mesh.dp
+
+
+def newcomers(count: int, unit: Mesh, each: Resources, nodes: Sequence[Node]) -> Mesh:
+    """What to ask for so that `count` ranks come to a mesh of such units: whole units if so many come, else
+    tensor-parallel groups; single ranks where groups find no room and these do, beside who is there already."""
+    if ranks_that_fit(nodes, each, unit.tp) < count <= ranks_that_fit(nodes, each):
+        return Mesh(dp=count)
+    if count % unit.size == 0:
+        return replace(unit, dp=count // unit.size)
+    return Mesh(dp=count // unit.tp, tp=unit.tp) if count % unit.tp == 0 else Mesh(dp=count)
 
 
 def _request(mesh: Mesh, each: Resources, strategy: str, ranks: int) -> Request:

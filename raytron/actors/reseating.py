@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -30,7 +29,7 @@ from ray.util.placement_group import remove_placement_group
 
 from raytron.actors.group import ActorGroup, chairs_of
 from raytron.actors.members import Chair, Member, living_nodes
-from raytron.actors.placement import place
+from raytron.actors.placement import cluster, newcomers, place
 from raytron.parallel.mesh import Mesh
 
 __all__ = ["ElasticGroup"]
@@ -173,11 +172,8 @@ class ElasticGroup(ActorGroup):
             return new
 
     def _take(self, count: int, unit: Mesh, wait_s: float, avoid: Collection[str]) -> list[Chair]:
-        """New chairs, by whole units if so many are wanted, else by tensor-parallel groups."""
-        if count % unit.size == 0:
-            mesh = replace(unit, dp=count // unit.size)
-        else:
-            mesh = Mesh(dp=count // unit.tp, tp=unit.tp) if count % unit.tp == 0 else Mesh(dp=count)
+        """New chairs."""
+        mesh = newcomers(count, unit, self.each, [node for node in cluster() if node.id not in avoid])
         placement = place(mesh, self.each, strategy=self._strategy, wait_s=wait_s, avoid=avoid)
         self._groups |= {group.id: group for group in placement.groups}
         if self._closed:

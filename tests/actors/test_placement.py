@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
 from raytron.actors import ActorGroup, CapacityError, Session
-from raytron.actors.placement import Node, assign, choose, place, ranks_that_fit, room, shortage, without
+from raytron.actors.placement import Node, assign, choose, newcomers, place, ranks_that_fit, room, shortage, without
 from raytron.parallel import Mesh
 
 CPU = {"CPU": 1.0}
@@ -41,6 +43,22 @@ def fill(requests, sizes: list[int]) -> list[dict[int, str]] | None:
             where[i] = f"id{at}"
         granted.append(where)
     return granted
+
+
+@given(st.integers(1, 8), MESHES, SIZES)
+def test_newcomers_are_asked_for_in_a_way_that_is_granted_wherever_single_ranks_are(count, unit, sizes):
+    mesh = newcomers(count, replace(unit, dp=1), CPU, nodes(sizes))
+    assert mesh.size == count
+    if count <= sum(sizes):
+        assert fill(choose(mesh, CPU, nodes(sizes)), sizes) is not None
+
+
+def test_newcomers_complete_groups_that_are_there():
+    """A seat free on each of two nodes of two: no pair finds room, and two ranks do."""
+    unit, free = Mesh(tp=2), nodes([2, 2], [1, 1])
+    assert newcomers(2, unit, CPU, free) == Mesh(dp=2)
+    assert newcomers(2, unit, CPU, nodes([2, 2], [2, 1])) == unit
+    assert newcomers(2, unit, CPU, nodes([2, 2], [0, 0])) == unit, "an autoscaler may answer it"
 
 
 @given(MESHES, SIZES)
