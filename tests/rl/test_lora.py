@@ -61,7 +61,7 @@ def test_a_critic_trains_its_head_beside_its_adapters(tmp_path: Path):
 @pytest.mark.slow
 def test_a_run_of_adapters_learns_and_agrees_with_its_engines_to_the_bit(cluster: Session, tmp_path: Path):
     """From a policy that is half there; resumed in between, at the same bits."""
-    before = rl.run(run_config(tmp_path, "before", 12))
+    before = rl.run(run_config(tmp_path, "before", 6))
     path = f"{before.checkpoint.path}/model"
     model = replace(recipe.model, path=path, overrides={}, lora=LoRAConfig(rank=8, alpha=32))
     algorithm = replace(recipe.algorithm, kl="loss", kl_coefficient=0.001)
