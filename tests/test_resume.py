@@ -73,14 +73,19 @@ def losses(tmp_path: Path, name: str) -> dict[int, float]:
     return {record.step: record.loss for record in records if isinstance(record, StepRecord)}
 
 
-def kill_at(tmp_path: Path, name: str, step: int, *flags: str) -> None:
-    """Run until `step` was reported, then SIGKILL the driver; its actors follow it."""
-    process = start(tmp_path, name, *flags)
+def follow(process: subprocess.Popen, tmp_path: Path, name: str, step: int) -> None:
+    """Wait until the run has reported `step`."""
     deadline = time.monotonic() + 240
     while max(losses(tmp_path, name), default=0) < step:
         assert process.poll() is None, (tmp_path / f"{name}.log").read_text()
         assert time.monotonic() < deadline, "the run does not get to the step"
         time.sleep(0.02)
+
+
+def kill_at(tmp_path: Path, name: str, step: int, *flags: str) -> None:
+    """Run until `step` was reported, then SIGKILL the driver; its actors follow it."""
+    process = start(tmp_path, name, *flags)
+    follow(process, tmp_path, name, step)
     process.send_signal(signal.SIGKILL)
     process.wait()
 
@@ -109,11 +114,7 @@ def test_a_killed_run_continues_at_another_layout_and_back(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_exits_cleanly(tmp_path, number):
     process = start(tmp_path, "stopped", *TP2_PP2, "--steps", "100000")
-    deadline = time.monotonic() + 240
-    while max(losses(tmp_path, "stopped"), default=0) < 3:
-        assert process.poll() is None, (tmp_path / "stopped.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    follow(process, tmp_path, "stopped", 3)
     process.send_signal(number)
     assert process.wait(timeout=60) == 0, (tmp_path / "stopped.log").read_text()
     last = max(losses(tmp_path, "stopped"))
@@ -122,11 +123,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_cleanly(tmp_path, number):
 
 def test_another_shell_sees_a_run_that_started_its_own_cluster(tmp_path):
     process = start(tmp_path, "seen", *TP2_PP2, "--steps", "100000")
-    deadline = time.monotonic() + 240
-    while max(losses(tmp_path, "seen"), default=0) < 3:
-        assert process.poll() is None, (tmp_path / "seen.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    follow(process, tmp_path, "seen", 3)
     command = [str(Path(sys.executable).with_name("raytron")), "status", str(tmp_path / "seen"), "--json"]
     told = subprocess.run(command, env=shell(), capture_output=True, text=True, timeout=60)
     process.send_signal(signal.SIGTERM)
@@ -158,11 +155,7 @@ def descendants(root: int) -> dict[int, str]:
 def test_a_run_survives_a_killed_actor_when_told_to(tmp_path):
     flags = [*TP2_PP2, "--run.failure-config.max-failures", "1", "--steps", "200"]
     process = start(tmp_path, "hurt", *flags)
-    deadline = time.monotonic() + 240
-    while max(losses(tmp_path, "hurt"), default=0) < 12:
-        assert process.poll() is None, (tmp_path / "hurt.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    follow(process, tmp_path, "hurt", 12)
     actors = [pid for pid, name in descendants(process.pid).items() if name.startswith("ray::Worker")]
     assert len(actors) == 4
     os.kill(random.choice(actors), signal.SIGKILL)
