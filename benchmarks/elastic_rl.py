@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -197,15 +196,6 @@ class Hand:
         return self._run.until(times)[0]
 
 
-def share_token(folder: str) -> None:
-    """Have this process and the runs use a token of their own, without which Ray lets no other process in. To be done
-    before Ray is imported."""
-    token = Path(folder, "token")
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-
-
 def hurt(storage: str, cycles: int, window: int) -> tuple[Story, list[Deed]]:
     """The run that things are done to. RuntimeError if it does not end well, or its books are wrong."""
     from raytron.actors import live
@@ -357,7 +347,6 @@ def main() -> None:
     arguments = parse(__doc__.splitlines()[0], cycles=5, window=20)
     cycles, window = (1, min(10, arguments.window)) if arguments.quick else (arguments.cycles, arguments.window)
     with tempfile.TemporaryDirectory(prefix="rt-", dir="/tmp") as storage:
-        share_token(storage)
         run, deeds = hurt(storage, cycles, window)
         quiet = calm(storage, max(run.ends))
     faults, rows = [Fault(run, deed, window) for deed in deeds], []
