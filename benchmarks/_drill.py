@@ -308,7 +308,7 @@ class Site:
     def freeze(self, node: str) -> None:
         """The node stands still, with all its processes: nobody gets an answer, and nobody is refused."""
         self.leaving.add(node)
-        for pid in self._family(self._find(node)):
+        for pid in self.processes(node):
             signal_to(pid, signal.SIGSTOP)
 
     def take_away(self, node: str) -> None:
@@ -319,6 +319,10 @@ class Site:
         for pid in family:
             signal_to(pid, signal.SIGKILL)
         self.leaving.discard(node)
+
+    def processes(self, node: str) -> list[int]:
+        """Of the node."""
+        return self._family(self._find(node))
 
     def _find(self, node: str) -> Any:
         return next(one for one in self._cluster.worker_nodes if one.node_id == node)

@@ -245,7 +245,8 @@ def main() -> None:
         longest = 0 if arguments.quick else max(min(one.steps, way.steps or one.steps) for one in found)
         results = rows(way, count, found, quiet.sensitivity(longest) if longest else {})
     if arguments.output or not arguments.quick:
-        write_results(arguments.output or Path(__file__).parent / "results" / f"{BENCHMARK}.md", results)
+        page = f"{BENCHMARK}_{way.precision}.md"
+        write_results(arguments.output or Path(__file__).parent / "results" / page, results)
     if wrong := [one for one in found if one.wrong]:
         sys.exit("\n".join(f"seed {one.seed}: {one.wrong}" for one in wrong))
 

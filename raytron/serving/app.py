@@ -54,6 +54,7 @@ log = logging.getLogger("raytron.serving")
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 HEALTH_S, HEALTH_TIMEOUT_S = 2.0, 60.0
 READY_S = 60.0  # for the ingress to hear of the replicas
+HEAD = "node:__internal_head__"  # a resource that Ray gives to its head node
 ANY = 1_000_000  # Serve's limit of requests at a replica; the engine's own queue is the one that refuses
 Start = Callable[[EngineConfig, Mapping[str, float]], Engine]
 
@@ -117,7 +118,9 @@ def build(
         deployment = serve.deployment(EngineReplica).options(name=_deployment_name(at, model.name), **options)
         engine = deployment.bind(model.name, model.engine, model.each, noted, config.max_queue, start)
         served[model.name] = Source(card, engine, noted, model.replicas.min_replicas)
-    return Ingress.bind(served, config, listen)
+    # A listener has the address that clients were told: it is on the one node that stays as long as Ray.
+    where = {"num_cpus": 0, "resources": {HEAD: 0.001}} if listen else {"num_cpus": 0}
+    return Ingress.options(ray_actor_options=where).bind(served, config, listen)
 
 
 def from_args(args: dict[str, Any]) -> serve.Application:
