@@ -40,6 +40,15 @@ class Case:
     least: float = 0.95
     greedy: float = 1.0
 
+    @property
+    def settings(self) -> str:
+        """In words; what is not said is as in the recipe."""
+        said = [f"recipes/{self.recipe}.py", *(f"{name} {value}" for name, value in self.changes.items())]
+        if self.algorithm is not None:
+            said += [f"algorithm {self.algorithm}", f"entropy_coefficient {FAMILY[self.algorithm]}"]
+        said += [f"{name} {value}" for name, value in self.engine.items()]
+        return "; ".join(said + ([f"attention heads {self.heads}"] if self.heads else []))
+
 
 # Algorithm -> entropy coefficient. Where advantages are not divided by their deviation, the same one weighs more.
 FAMILY = {"dr_grpo": 0.06, "dapo": 0.1, "gspo": 0.1, "cispo": 0.1, "rloo": 0.05}
@@ -50,7 +59,7 @@ CASES = (
     Case("echo-digit grpo staleness 2", changes={"steps": 100, "max_staleness": 2}),
     Case("echo-digit grpo vLLM", engine={"engine": "vllm"}, heads=2),  # of 32, the least its attention takes on a CPU
     *(Case(f"echo-digit {name}", algorithm=name, changes={"steps": STEPS.get(name, 60)}) for name in FAMILY),
-    Case("copy-4 grpo", recipe="async_grpo", changes={"steps": 200, "max_staleness": 0}, least=0.99, greedy=0.99),
+    Case("copy-4 grpo", recipe="async_grpo", changes={"steps": 300, "max_staleness": 0}, least=0.99, greedy=0.99),
     Case("copy-4 ppo", recipe="ppo", least=0.99, greedy=0.99),
     Case("copy-4 grpo staleness 2", recipe="async_grpo", least=0.99, greedy=0.99),
     Case("higher-lower grpo", recipe="agent_tools", least=0.72, greedy=0.0),
@@ -109,6 +118,7 @@ def row(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
             "last 10": " / ".join(f"{run['last']:.3f}" for run in runs),
             "greedy": " / ".join(f"{run['greedy']:.3f}" for run in runs),
             "steps": len(runs[0]["rewards"]),
+            "settings": case.settings,
             "seconds": " / ".join(f"{run['seconds']:.0f}" for run in runs),
         },
     )

@@ -5,7 +5,8 @@ from raytron.actors.failures import Failure, WorkerError
 from raytron.actors.group import ActorGroup, Calls
 from raytron.actors.placement import CapacityError
 from raytron.actors.ray_types import from_ray_train, result
-from raytron.actors.rollout import Generated, RolloutError, RolloutGroup
+from raytron.actors.rollout import RolloutGroup
+from raytron.actors.rollout_requests import Generated, RolloutError
 from raytron.actors.scoring import ScorerGroup, ScoringError
 from raytron.actors.session import Session
 from raytron.actors.trainer import TrainerGroup

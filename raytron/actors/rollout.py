@@ -22,32 +22,30 @@ others go on, and whoever decides on their number (`rollout_scaling`) starts ano
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
-from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from raytron.actors.failures import WorkerError
-from raytron.actors.fleet import Balancer, Fleet, Health
+from raytron.actors.fleet import Fleet, Health
 from raytron.actors.members import living_nodes
 from raytron.actors.placement import Berth, CapacityError
 from raytron.actors.replica import berths_for, bundles, start_engine
 from raytron.actors.rollout_engine import Done, RolloutEngine, Start, Started
+from raytron.actors.rollout_requests import Generated, Requests, RolloutError
 from raytron.actors.rollout_seats import EngineSeats
 from raytron.config import EngineConfig, FailureConfig
-from raytron.inference import EngineFailed, Pushed, Request, SamplingParams, Stats
+from raytron.inference import EngineFailed, Pushed, SamplingParams, Stats
 from raytron.inference.launch import check_layout
 from raytron.inference.types import PauseMode
+from raytron.parallel.collectives import GaveUp
 
-__all__ = ["Generated", "RolloutError", "RolloutGroup"]
+__all__ = ["RolloutGroup"]
 
 log = logging.getLogger(__name__)
 
@@ -56,39 +54,6 @@ START_S = 1800.0  # for an engine to read its weights and compile what it compil
 CLOSE_S = 10.0
 GRANT_S = 10.0  # for the cluster to grant seats that it is believed to have free
 LOOK_S = 1.0  # how often to look whether an engine's node is still there while it is started again
-
-
-class RolloutError(RuntimeError):
-    """A request could not be answered: its engines died, too often, or none is left."""
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One answer. token_ids int32 [T], logprobs float32 [T], versions int32 [T] of the weights that chose them.
-
-    finish_reason: "stop", "length", or "abort" where a weight update or `RolloutGroup.abort` cut it short. engine: the
-    number of the one that answered. cached_tokens: of the prompt, not computed again.
-    """
-
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    versions: np.ndarray
-    finish_reason: str
-    engine: int = 0
-    cached_tokens: int = 0
-
-
-class _Pending:
-    """A request of the driver's until it is answered."""
-
-    __slots__ = ("avoid", "cost", "engine", "future", "group", "lives", "request")
-
-    def __init__(self, request: Request, group: Hashable, lives: int) -> None:
-        self.request, self.group, self.lives = request, group, lives
-        self.future: asyncio.Future[Generated] = asyncio.get_running_loop().create_future()
-        self.cost = len(request.prompt_token_ids) + (request.params.max_tokens or 0)
-        self.engine: int | None = None
-        self.avoid: set[int] = set()
 
 
 class RolloutGroup:
@@ -136,7 +101,7 @@ class RolloutGroup:
         for config in dict.fromkeys(engines):
             check_layout(config)
         self.configs, self.bounds = list(engines), bounds or (len(engines), len(engines))
-        self._attempts, self._timeout_s, self._wait_s, self._start = attempts, timeout_s, wait_s, start
+        self._timeout_s, self._wait_s, self._start = timeout_s, wait_s, start
         awaits = any(config.weights == "await" for config in engines)
         failures = failures or FailureConfig(max_failures=3)
         self.fleet = Fleet(len(engines), failures.max_failures, None if awaits else 0, most=self.bounds[1])
@@ -144,7 +109,7 @@ class RolloutGroup:
         self.on_state: Callable[[int, str], None] | None = None
         self.on_event: Callable[..., None] | None = None
         self._updating = [0] * len(engines)
-        self._balancer = Balancer(len(engines))
+        self._requests = Requests(len(engines), attempts)
         self.shares = bool(beside)
         self._seats = EngineSeats(each or {"CPU": 1}, berths_for(engines, beside))
         self._turn = asyncio.Event()  # set while it is theirs
@@ -153,11 +118,7 @@ class RolloutGroup:
         self._actors: list[Any] = [None] * len(engines)
         self._started: list[Started | None] = [None] * len(engines)
         self._late: dict[int, float] = {}  # engines that were started (again) beside others, and when
-        self._emptied: dict[int, asyncio.Event] = {}
-        self._pending: dict[str, _Pending] = {}
-        self._arrived: deque[_Pending] = deque()
         self._due = False
-        self._names = map(str, itertools.count())
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: Exception | None = None
         self._closed = False
@@ -170,10 +131,11 @@ class RolloutGroup:
         Raises:
             CapacityError: the cluster did not grant the fewest engines' seats in time; nothing stays reserved.
             ValueError, RuntimeError: an engine's own reason not to start.
+            RolloutError: engines' processes died meanwhile, more often than is to be survived.
         """
         try:
             engines = await self._place()
-            for engine, started in zip(engines, await asyncio.gather(*map(self._launch, engines)), strict=True):
+            for engine, started in zip(engines, await asyncio.gather(*map(self._first, engines)), strict=True):
                 self._run(engine, started)
         except BaseException:
             await self.close()
@@ -195,6 +157,19 @@ class RolloutGroup:
         for engine in [engine for engine, has in granted.items() if not has]:
             self.fleet.left(engine, "there was no seat for it")
         return [engine for engine, has in granted.items() if has]
+
+    async def _first(self, engine: int) -> Started:
+        """Start an engine of the beginning; again where a process of its is killed meanwhile."""
+        while True:
+            try:
+                return await self._launch(engine)
+            except (RayActorError, GaveUp) as error:
+                ray.kill(self._actors[engine])  # it may be another rank that died
+                reason = f"it did not start: {_reason(error)}"
+                log.warning("rollout engine %d failed: %s", engine, reason)
+                self._event("failed", engine, reason=reason)
+                if not self.fleet.failed(engine, reason):
+                    raise RolloutError(f"rollout engine {engine} failed: {reason}") from None
 
     async def _launch(self, engine: int) -> Started:
         """Start the actor of an engine, and the engine in it."""
@@ -237,8 +212,7 @@ class RolloutGroup:
             # A trainer that could not bring an engine its weights is started again, and the engines with it.
             told = error if isinstance(error, WorkerError) else RolloutError(f"the rollout group failed: {error}")
             self._failure = self._failure or told
-            for pending in list(self._pending.values()):
-                self._fail(pending, told)
+            self._requests.fail_all(told)
 
     async def _collected(self, engine: int) -> list[Done]:
         poll_s = min(POLL_S, self._timeout_s)
@@ -321,8 +295,7 @@ class RolloutGroup:
         self._closed = True
         for task in self._tasks:
             task.cancel()
-        for pending in list(self._pending.values()):
-            self._fail(pending, RolloutError("the rollout group was closed"))
+        self._requests.fail_all(RolloutError("the rollout group was closed"))
         actors = [actor for actor in self._actors if actor is not None]
         # One that is started (again) may wait for a seat that never comes, and has nothing to close.
         waiting = {e for e in self.fleet.of(Health.STARTING) if e in self._late}
@@ -350,7 +323,7 @@ class RolloutGroup:
         engines = []
         for _ in range(count):
             engines.append(engine := self.fleet.joining())
-            self._balancer.joining()
+            self._requests.joining()
             self.configs.append(self.configs[0])
             self._actors.append(None)
             self._started.append(None)
@@ -390,11 +363,8 @@ class RolloutGroup:
         self._keep(self._finish(engine, reason, within_s))
 
     async def _finish(self, engine: int, reason: str, within_s: float) -> None:
-        emptied = self._emptied[engine] = asyncio.Event()
         self._tell(engine)
-        if self._balancer.outstanding[engine]:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(emptied.wait(), within_s)
+        await self._requests.emptied(engine, within_s)
         self._gone(engine, reason)
 
     def _gone(self, engine: int, reason: str, excused: bool = False) -> None:
@@ -425,7 +395,7 @@ class RolloutGroup:
 
     def outstanding(self, engine: int) -> int:
         """Tokens that an engine has to compute at most."""
-        return self._balancer.outstanding[engine]
+        return self._requests.outstanding(engine)
 
     @property
     def needs(self) -> list[dict[str, float]]:
@@ -435,7 +405,7 @@ class RolloutGroup:
     def members(self) -> list[dict[str, Any]]:
         """JSON-ready: of each engine that is there or on its way, what is known of it and what it has to do."""
         found = []
-        requests = Counter(pending.engine for pending in self._pending.values())
+        requests = self._requests.counts()
         for engine in self.fleet.of(Health.STARTING, Health.STALE, Health.READY, Health.LEAVING):
             state, started = self.fleet.states[engine], self._started[engine]
             runs = state.health is not Health.STARTING and started is not None
@@ -462,14 +432,14 @@ class RolloutGroup:
             raise RolloutError("the rollout group was closed")
         if self._failure is not None:
             raise self._failure
-        request = Request(next(self._names), tuple(token_ids), params)
-        pending = self._pending[request.id] = _Pending(request, group, self._attempts)
-        self._arrived.append(pending)
+        pending = self._requests.add(token_ids, params, group)
         self._dispatch_soon()
         try:
             return await pending.future
         except asyncio.CancelledError:
-            self._forget(pending)
+            if (engine := self._requests.forget(pending)) is not None:
+                self._actors[engine].abort.remote([pending.request.id])
+                self._tell(engine)
             raise
 
     def _dispatch_soon(self) -> None:
@@ -482,70 +452,23 @@ class RolloutGroup:
         self._due = False
         if self.fleet.hopeless:
             why = "; ".join(f"engine {e}: {state.reason}" for e, state in enumerate(self.fleet.states))
-            while self._arrived:
-                self._fail(self._arrived.popleft(), RolloutError(f"no engine is left to answer ({why})"))
+            self._requests.fail_waiting(RolloutError(f"no engine is left to answer ({why})"))
         ready = self.fleet.ready
         if not ready or not self._turn.is_set():
             return  # they wait for an engine that starts, for its weights, or for its turn
-        batches: dict[int, list[Request]] = {}
-        while self._arrived:
-            pending = self._arrived.popleft()
-            if not pending.future.done():
-                pending.engine = self._balancer.choose(pending.cost, ready, pending.group, pending.avoid)
-                batches.setdefault(pending.engine, []).append(pending.request)
-        for engine, requests in batches.items():
+        for engine, requests in self._requests.batches(ready).items():
             self._actors[engine].submit.remote(requests)
             self._tell(engine)
 
     def _deliver(self, engine: int, done: Sequence[Done]) -> None:
-        for id, tokens, logprobs, versions, reason, cached, invalid in done:
-            pending = self._pending.get(id)
-            if pending is None or pending.engine != engine:  # nobody waits for it, or another engine answers it now
-                continue
-            del self._pending[id]
-            self._settled(engine, pending)
-            if pending.future.done():
-                continue
-            if invalid is not None:
-                pending.future.set_exception(ValueError(invalid))
-            else:
-                pending.future.set_result(Generated(tokens, logprobs, versions, reason, engine, cached))
+        self._requests.deliver(engine, done)
         self._tell(engine)
 
-    def _settled(self, engine: int, pending: _Pending) -> None:
-        """A request has left the engine."""
-        self._balancer.done(engine, pending.cost)
-        if not self._balancer.outstanding[engine] and (emptied := self._emptied.get(engine)):
-            emptied.set()
-
     def _requeue(self, engine: int, blame: bool = True) -> int:
-        """Issue again what an engine had, which has failed (blame) or left; how much that was."""
-        reason = self.fleet.states[engine].reason
-        mine = [pending for pending in self._pending.values() if pending.engine == engine]
-        for pending in mine:
-            self._settled(engine, pending)
-            pending.engine = None
-            if blame:
-                pending.avoid.add(engine)
-                pending.lives -= 1
-            if pending.lives <= 0:
-                self._fail(pending, RolloutError(f"its engines failed {self._attempts} times, the last one: {reason}"))
-            else:
-                self._arrived.append(pending)
+        """Have others answer what an engine had, which has failed (blame) or left; how much that was."""
+        moved = self._requests.requeue(engine, self.fleet.states[engine].reason, blame)
         self._dispatch_soon()
-        return len(mine)
-
-    def _fail(self, pending: _Pending, error: Exception) -> None:
-        self._pending.pop(pending.request.id, None)
-        if not pending.future.done():
-            pending.future.set_exception(error)
-
-    def _forget(self, pending: _Pending) -> None:
-        """Nobody waits for it any more."""
-        if self._pending.pop(pending.request.id, None) is not None and pending.engine is not None:
-            self._settled(pending.engine, pending)
-            self._actors[pending.engine].abort.remote([pending.request.id])
-            self._tell(pending.engine)
+        return moved
 
     # ------------------------------------------------------------------------------------------------- all the engines
 
@@ -583,7 +506,7 @@ class RolloutGroup:
         """Tell whoever wants to know what the engine does now."""
         if self.on_state is not None:
             health = self.fleet.states[engine].health
-            working = "generating" if self._balancer.outstanding[engine] else "idle"
+            working = "generating" if self.outstanding(engine) else "idle"
             what = "updating" if self._updating[engine] else working
             others = {Health.LOST: "lost", Health.LEFT: "idle", Health.LEAVING: working}
             self.on_state(engine, what if self._runs(engine) else others.get(health, "restarting"))

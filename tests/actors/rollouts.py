@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,15 @@ def behind(config: EngineConfig, each: Mapping[str, float]) -> Engine:
 def unstartable(config: EngineConfig, each: Mapping[str, float]) -> Engine:
     if Path(config.path, "broken").exists():
         raise ValueError("it does not want to")
+    return start_engine(config, each)
+
+
+def perishing(config: EngineConfig, each: Mapping[str, float]) -> Engine:
+    """Is killed while it starts, once for each file "perish-..." in the model's folder."""
+    for file in Path(config.path).glob("perish-*"):
+        with suppress(FileNotFoundError):  # another engine has died of it
+            file.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
     return start_engine(config, each)
 
 

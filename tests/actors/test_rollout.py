@@ -85,7 +85,7 @@ def test_answers_are_those_of_one_engine(cluster: Session, folder, expected, eng
             stats = await group.stats()
             assert sum(one.finished for one in stats.values()) == 16
             assert all(one.finished for one in stats.values())  # every engine had something to do
-            assert sum(group._balancer.outstanding) == 0
+            assert sum(map(group.outstanding, range(len(group.configs)))) == 0
             assert group.max_model_len == 256
 
     run(main)
@@ -127,7 +127,7 @@ def test_what_can_never_be_answered_is_that_requests_error(cluster: Session, fol
             late.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await late
-            assert sum(group._balancer.outstanding) == 0
+            assert sum(map(group.outstanding, range(len(group.configs)))) == 0
             last = asyncio.ensure_future(group.generate(PROMPTS[0], params(0, 200)))
             await asyncio.sleep(0)
         with pytest.raises(RolloutError, match="was closed"):
@@ -235,7 +235,7 @@ def test_engines_join_and_leave_under_requests_and_none_is_lost(cluster: Session
             assert group.grow(1) == (3,)
             group.retire(3, "after all not", within_s=0.0)
             assert ("left", 3) in events
-            assert sum(group._balancer.outstanding) == 0
+            assert sum(map(group.outstanding, range(len(group.configs)))) == 0
             assert group.fleet.failures == 0
             assert await all_of(group) == expected
 
@@ -289,6 +289,22 @@ def test_an_engine_that_does_not_start_says_why_and_leaves_nothing(cluster: Sess
     run(main)
     with pytest.raises(ValueError, match="at least one engine"):
         RolloutGroup([])
+
+
+def test_an_engine_that_is_killed_while_it_starts_is_started_again(cluster: Session, tmp_path, expected):
+    folder = rollouts.save(tmp_path / "model")
+
+    async def main() -> None:
+        Path(folder, "perish-1").touch()
+        async with RolloutGroup([config(folder)] * 2, EACH, start=rollouts.perishing) as group:
+            assert group.fleet.failures == 1
+            assert group.fleet.ready == (0, 1)
+            assert await all_of(group) == expected
+        Path(folder, "perish-2").touch()
+        with pytest.raises(RolloutError, match="did not start"):
+            await RolloutGroup([config(folder)], EACH, failures=FailureConfig(), start=rollouts.perishing).start()
+
+    run(main)
 
 
 def test_paused_engines_go_on_where_they_were(cluster: Session, folder, expected):

@@ -104,7 +104,7 @@ class Changes:
             await asyncio.sleep(0.05)
 
     async def _once_busy(self, engines: Any, deed: Callable[[Any], Awaitable[None]]) -> None:
-        while not engines._pending:
+        while not engines._requests.counts():
             await asyncio.sleep(0)  # they last for a few turns of the event loop, no more
         await deed(engines)
 
