@@ -18,7 +18,10 @@ beside what places lack, counted without the planner. At last the price: the sam
 
 Goodput: a rank is ended every minute; steps that count (each once) times a normal step, over the time.
 
-    python benchmarks/elastic.py [--quick] [--case cold] [--repeats 3] [--goodput 20] [--size toy]
+It takes an hour, and another one for goodput, in which much can happen: with --keep, what each run came to is
+kept in a folder, and the same command goes on where it was cut.
+
+    python benchmarks/elastic.py [--quick] [--case cold] [--repeats 3] [--goodput 20] [--size toy] [--keep FOLDER]
 """
 
 from __future__ import annotations
@@ -30,8 +33,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,7 @@ TARGETS = {"shrink": 10.0, "spare": 10.0, "cold": 3.0}
 LIMIT_S = 600.0
 PARTS = ("detect", "survey", "release", "newcomers", "rendezvous", "move", "adopt", "load")
 HERE = Path(__file__).parent
+Keep = Callable[[str], Path | None]
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -77,8 +82,21 @@ def side(name: str, *arguments: object, limit_s: float = LIMIT_S) -> str:
     return out
 
 
-def drilled(name: str, drill: Drill) -> Outcome:
-    """What came of one side's run."""
+def drilled(name: str, drill: Drill, kept: Path | None = None) -> Outcome:
+    """What came of one side's run; with a file, what it says, or will say from now on."""
+    if kept is not None and kept.exists():
+        return Outcome(**json.loads(kept.read_text()))
+    start = time.monotonic()
+    outcome = _drilled(name, drill)
+    print(f"{name}, {drill.told}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    if kept is not None:
+        unfinished = kept.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(asdict(outcome)))
+        unfinished.rename(kept)
+    return outcome
+
+
+def _drilled(name: str, drill: Drill) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="rt-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         side(name, folder, drill.text(), limit_s=LIMIT_S + 90 * drill.minutes)
         ledger, journal = Ledger(folder), Ledger(Path(folder, "run"))
@@ -237,11 +255,14 @@ def twins(drill: Drill, size: str, rounds: int) -> dict[str, Any]:
     return emit(BENCHMARK, f"{size} fp32 dp4: step with twins", with_.median, without.median, "without twins", **kind)
 
 
-def goodput(size: str, drill: Drill) -> tuple[list[dict[str, Any]], str]:
+def goodput(size: str, drill: Drill, keep: Keep) -> tuple[list[dict[str, Any]], str]:
     """Rows, and the table."""
-    outcomes = {"ours, a spare": drilled("ours", replace(drill, nodes=5, spares=1, interval=100))}
-    outcomes["ours, cold starts"] = drilled("ours", replace(drill, interval=100))
-    outcomes[PEER] = drilled("peer", drill)
+    spare = replace(drill, nodes=5, spares=1, interval=100)
+    outcomes = {
+        "ours, a spare": drilled("ours", spare, keep("goodput-spare")),
+        "ours, cold starts": drilled("ours", replace(drill, interval=100), keep("goodput-cold")),
+        PEER: drilled("peer", drill, keep("goodput-peer")),
+    }
     table = [
         "| one fault a minute | minutes | faults | steps that count | normal step | goodput |",
         "|---|--:|--:|--:|--:|--:|",
@@ -266,7 +287,9 @@ def goodput(size: str, drill: Drill) -> tuple[list[dict[str, Any]], str]:
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
-def measured(cases: Sequence[str], repeats: int, toy: bool, quick: bool) -> dict[str, dict[str, list[Fault]]]:
+def measured(
+    cases: Sequence[str], repeats: int, toy: bool, quick: bool, keep: Keep
+) -> dict[str, dict[str, list[Fault]]]:
     """Case -> side -> its faults. Sides take turns."""
     found: dict[str, dict[str, list[Fault]]] = {case: {name: [] for name in SIDES} for case in cases}
     for repeat in range(repeats):
@@ -275,7 +298,7 @@ def measured(cases: Sequence[str], repeats: int, toy: bool, quick: bool) -> dict
                 drill = replace(CASES[case], toy=toy)
                 if quick and case != "shrink":
                     drill = replace(drill, deeds=drill.deeds[:1])
-                found[case][name] += drilled(name, drill).faults()
+                found[case][name] += drilled(name, drill, keep(f"{case}-{repeat}-{name}")).faults()
     return found
 
 
@@ -304,17 +327,24 @@ def rows_of(case: str, size: str, found: Mapping[str, Sequence[Fault]], floors: 
 
 
 def main() -> None:
-    arguments = parse(__doc__.splitlines()[0], case="", repeats=3, goodput=20.0, size="25M")
+    arguments = parse(__doc__.splitlines()[0], case="", repeats=3, goodput=20.0, size="25M", keep="")
     toy, quick = arguments.size == "toy", arguments.quick
     cases = [case for case in (QUICK if quick and not arguments.case else CASES) if arguments.case in case]
     floors = floors_of(toy)
-    found = measured(cases, 1 if quick else arguments.repeats, toy, quick)
+    folder = Path(arguments.keep).absolute() if arguments.keep else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(name: str) -> Path | None:
+        return folder and folder / f"{name}.json"
+
+    found = measured(cases, 1 if quick else arguments.repeats, toy, quick, keep)
     rows = [row for case in cases for row in rows_of(case, arguments.size, found[case], floors, arguments.others_cpu)]
     notes = ""
     if arguments.case in "twins":
         rows.append(twins(Drill(toy=toy), arguments.size, 3 if quick else 20))
     if arguments.goodput and not quick and arguments.case in "goodput":
-        more, notes = goodput(arguments.size, Drill(minutes=arguments.goodput, toy=toy))
+        more, notes = goodput(arguments.size, Drill(minutes=arguments.goodput, toy=toy), keep)
         rows += more
     if arguments.output or not (quick or arguments.case):
         write_results(arguments.output or HERE / "results" / f"{BENCHMARK}.md", rows, notes=notes)

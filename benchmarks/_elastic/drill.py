@@ -60,6 +60,11 @@ class Drill:
         """The model's."""
         return TOY if self.toy else MODEL
 
+    @property
+    def told(self) -> str:
+        """In words."""
+        return ", ".join(deed for _, deed in self.deeds) or f"{self.minutes:g} minutes"
+
     def text(self) -> str:
         """As a side's command line takes it."""
         return json.dumps(dataclasses.asdict(self))
